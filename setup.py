@@ -1,0 +1,67 @@
+"""Metadata, dependencies and extras. Tool settings are in pyproject.toml, known-good pins in constraints.txt.
+
+Lower bounds are the oldest versions that the tests have been run with. There are no upper bounds: a library that
+caps its users' environment ages badly, and constraints.txt is there for whoever wants what is known to work.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+
+def version() -> str:
+    """The version that ``fedjax_llm/__init__.py`` states, read without importing it (jax is not there yet)."""
+    found = re.search(r'^__version__ = "(.+)"$', (HERE / "fedjax_llm/__init__.py").read_text("utf-8"), re.MULTILINE)
+    assert found, "fedjax_llm/__init__.py states no __version__"
+    return found[1]
+
+
+RUNTIME = [
+    "dp-accounting>=0.6",
+    "filelock>=3.12",
+    "flax>=0.12.8",
+    "gguf>=0.17",
+    "huggingface_hub>=1.0",
+    "jax>=0.10.2",
+    "jinja2>=3.1",
+    "matplotlib>=3.9",
+    "numpy>=2.0",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12",
+    "requests>=2.32",
+    "rich>=13.7",
+    "safetensors>=0.5",
+    "tensorboardX>=2.6",
+    "tokenizers>=0.22",
+    "transformers>=5.0",
+    "tyro>=1.0",
+]
+EXTRAS = {
+    "test": ["hypothesis>=6.100", "pytest>=8.3", "pytest-xdist>=3.6", "scipy>=1.14", "setuptools>=70"],
+    "lint": ["pyrefly>=1.4", "ruff>=0.17"],
+    "parity": ["peft>=0.18", "torch>=2.8"],  # the reference that `make parity` compares with
+    "hub": ["datasets>=4.0"],  # any Hugging Face dataset by name
+}
+EXTRAS["dev"] = EXTRAS["test"] + EXTRAS["lint"]
+
+setup(
+    name="fedjax_llm",
+    version=version(),
+    description="Federated fine-tuning of large language models in JAX",
+    long_description=(HERE / "README.md").read_text("utf-8") if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["fedjax_llm", "fedjax_llm.*"]),
+    package_data={"fedjax_llm.runs": ["report.html"]},
+    install_requires=RUNTIME,
+    extras_require=EXTRAS,
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
