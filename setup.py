@@ -40,7 +40,7 @@ RUNTIME = [
     "tyro>=1.0",
 ]
 EXTRAS = {
-    "test": ["hypothesis>=6.100", "pytest>=8.3", "pytest-xdist>=3.6", "scipy>=1.14", "setuptools>=70"],
+    "test": ["hypothesis>=6.100", "pytest>=8.3", "pytest-xdist>=3.6", "scipy>=1.14", "setuptools>=77"],
     "lint": ["pyrefly>=1.4", "ruff>=0.17"],
     "parity": ["peft>=0.18", "torch>=2.8"],  # the reference that `make parity` compares with
     "hub": ["datasets>=4.0"],  # any Hugging Face dataset by name
