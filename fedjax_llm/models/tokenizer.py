@@ -108,7 +108,8 @@ class Tokenizer:
         turns = [{"role": turn.role, "content": turn.content} for turn in messages]
         try:
             template = _compiled(self.chat_template or FALLBACK_TEMPLATE)
-            return template.render(messages=turns, add_generation_prompt=add_generation_prompt, **special)
+            given = {"messages": turns, "add_generation_prompt": add_generation_prompt}
+            return template.render(given | special | {"tools": None, "documents": None})
         except (jinja2.TemplateError, TypeError) as error:
             roles = ", ".join(turn["role"] for turn in turns)
             raise UserError(f"The chat template does not take these messages (roles: {roles}): {error}") from error
@@ -152,8 +153,8 @@ def from_folder(folder: Path) -> Tokenizer:
     backend.no_padding()
     config = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
     generation = _read_json(folder / "generation_config.json")
-    ends = generation.get("eos_token_id") or []
-    ends = [ends] if isinstance(ends, int) else list(ends)
+    ends = generation.get("eos_token_id")
+    ends = [ends] if isinstance(ends, int) else list(ends or ())
     eos = _special_id(backend, config.get("eos_token"), path)
     if eos is None and not ends:
         raise UserError(f"No end-of-text token is known for {path}: set eos_token in tokenizer_config.json.")
