@@ -1,0 +1,126 @@
+"""What a model family is, and how the file that holds one is found.
+
+A family is one file in this folder with a module-level ``FAMILY``. Nothing else has to be edited to add one.
+"""
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import flax.linen as nn
+from jax import Array
+
+from fedjax_llm.errors import UserError, nearest
+from fedjax_llm.types import Params, PyTree
+
+
+class FamilyConfig(Protocol):
+    """What the generic code reads of a family's frozen configuration."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """Of the residual stream, D."""
+        ...
+
+    @property
+    def layers(self) -> int:
+        """How many blocks."""
+        ...
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads, for the cache."""
+        ...
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        ...
+
+    @property
+    def window(self) -> int | None:
+        """How many positions back a query sees, itself included; ``None``: all."""
+        ...
+
+    @property
+    def context(self) -> int:
+        """The longest sequence that the model was made for."""
+        ...
+
+
+class Weight(NamedTuple):
+    """One row of a family's weight table.
+
+    Attributes:
+      name: the Hugging Face tensor name; ``{layer}`` stands for the layer's number.
+      path: where it goes in the parameter tree, or within its layer's tree.
+      shape: in the Hugging Face layout.
+      transpose: whether the file's [out, in] becomes our [in, out].
+    """
+
+    name: str
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    transpose: bool = False
+
+
+class Family(NamedTuple):
+    """A model family as data and pure functions.
+
+    Attributes:
+      architectures: the names in ``config.json["architectures"]`` that it serves.
+      config_from_hf: reads a ``config.json``; raises ``UserError`` for what it does not support.
+      weights: the weight table of a configuration.
+      embed: ``(config, params, tokens [M, L], positions [L] or [M, L]) -> (x [M, L, D], terms)``; ``terms`` go to
+        every block (rotary tables, say).
+      block: ``(config, dropout) -> Module`` whose call is
+        ``(x, terms, mask, cache, at, dropout_keys) -> (x, cache)``; see ``causal_lm.py``.
+      finish: ``(config, params, x) -> hidden``: the final norm.
+      logits: ``(config, params, hidden [K, D]) -> [K, V]`` in f32.
+      projections: adaptable module path within a layer -> (in, out).
+    """
+
+    architectures: tuple[str, ...]
+    config_from_hf: Callable[[Mapping[str, Any]], Any]
+    weights: Callable[[Any], Sequence[Weight]]
+    embed: Callable[[Any, Params, Array, Array], tuple[Array, PyTree]]
+    block: Callable[[Any, float], nn.Module]
+    finish: Callable[[Any, Params, Array], Array]
+    logits: Callable[[Any, Params, Array], Array]
+    projections: Callable[[Any], dict[str, tuple[int, int]]]
+
+
+@functools.cache
+def families() -> dict[str, Family]:
+    """Architecture name -> family, from every file of this folder that holds a ``FAMILY``."""
+    import fedjax_llm.models as room
+
+    found: dict[str, Family] = {}
+    for info in pkgutil.iter_modules(room.__path__):
+        family = getattr(importlib.import_module(f"{room.__name__}.{info.name}"), "FAMILY", None)
+        if family is not None:
+            found |= dict.fromkeys(family.architectures, family)
+    return found
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family that serves a ``config.json``.
+
+    Raises:
+      UserError: the architecture is missing or not supported.
+    """
+    names = config.get("architectures") or []
+    for name in names:
+        if name in families():
+            return families()[name]
+    raise UserError(
+        f"The model's architecture {', '.join(map(repr, names)) or '(none named in config.json)'} is not supported"
+        + nearest(names[0] if names else "", families())
+    )

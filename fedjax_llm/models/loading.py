@@ -1,0 +1,195 @@
+"""From a name to a model that runs: the right family, every weight in its place, nothing silently left over."""
+
+import errno
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_llm.assets import cache_dir
+from fedjax_llm.errors import UserError
+from fedjax_llm.models.causal_lm import CausalLM
+from fedjax_llm.models.checkpoint import Checkpoint, LazyTensors
+from fedjax_llm.models.family import Family, Weight, family_of
+from fedjax_llm.models.tokenizer import Tokenizer
+from fedjax_llm.types import Params
+
+BaseType = Literal["float32", "bfloat16"]
+
+_IGNORED = re.compile(r"rotary_emb\.inv_freq$")
+"""Tensors that old files carry and that are computed here."""
+
+
+@dataclass(frozen=True, eq=False)
+class BaseModel:
+    """A frozen pre-trained model.
+
+    Attributes:
+      model: its pure functions.
+      params: its weights, on the default device.
+      tokenizer: of the same checkpoint.
+      name: as the user named it.
+      fingerprint: of the weights; a run that is resumed must find the same.
+      size: how many parameters.
+    """
+
+    model: CausalLM
+    params: Params
+    tokenizer: Tokenizer
+    name: str
+    fingerprint: str
+    size: int
+
+
+def load(name: str, dtype: BaseType = "float32") -> BaseModel:
+    """The base model called ``name``: a built-in name, a hub id, a folder or a ``.gguf`` file.
+
+    Args:
+      name: see ``sources.open_checkpoint``.
+      dtype: of the weights, and so of the activations.
+
+    Raises:
+      UserError: unknown, unreachable, unsupported, damaged or incomplete.
+    """
+    from fedjax_llm.models.sources import BUILT_IN, open_checkpoint
+
+    checkpoint = open_checkpoint(name)
+    if checkpoint.tokenizer is None:
+        raise UserError(f"{checkpoint.source} has no tokenizer; put its tokenizer.json beside the weights")
+    family = family_of(checkpoint.config)
+    config = family.config_from_hf(checkpoint.config)
+    if name in BUILT_IN or name.endswith(".gguf"):
+        checkpoint = converted(checkpoint)
+    params = read_params(checkpoint, family, config, dtype)
+    return BaseModel(
+        model=CausalLM(family, config),
+        params=params,
+        tokenizer=_checked_tokenizer(checkpoint, config),
+        name=name,
+        fingerprint=checkpoint.fingerprint,
+        size=sum(int(np.prod(shape)) for shape in _expected(family, config).values()),
+    )
+
+
+def read_params(checkpoint: Checkpoint, family: Family, config: Any, dtype: BaseType) -> Params:
+    """The parameter tree of a checkpoint; every tensor is read exactly once.
+
+    Raises:
+      UserError: tensors are missing, left over or misshapen; their names are listed.
+    """
+    check_names(checkpoint, _expected(family, config), config)
+    params: dict[str, Any] = {"layers": tuple({} for _ in range(config.layers))}
+    for weight in family.weights(config):
+        layered = "{layer}" in weight.name
+        for layer in range(config.layers) if layered else (None,):
+            array = checkpoint.tensors[weight.name.format(layer=layer)]
+            place = params if layer is None else params["layers"][layer]
+            for key in weight.path[:-1]:
+                place = place.setdefault(key, {})
+            place[weight.path[-1]] = jnp.asarray(array.T if weight.transpose else array, dtype)
+    return params
+
+
+def check_names(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], config: Any) -> None:
+    """Compares a checkpoint's tensors with what the family expects.
+
+    Raises:
+      UserError: naming the missing, the left-over and the misshapen tensors.
+    """
+    found: LazyTensors = checkpoint.tensors
+    spare = {name for name in found if _IGNORED.search(name)}
+    if config.tied:
+        spare.add("lm_head.weight")  # a second copy of the embedding
+    missing = sorted(set(expected) - set(found))
+    extra = sorted(set(found) - set(expected) - spare)
+    misshapen = [
+        f"{name} is {list(found.shape(name))}, not {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and tuple(found.shape(name)) != shape
+    ]
+    faults = [
+        f"{len(names)} {kind}: " + ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+        for kind, names in (("missing", missing), ("not known to the family", extra), ("misshapen", misshapen))
+        if names
+    ]
+    if faults:
+        raise UserError(f"The tensors of {checkpoint.source} do not fit its config.json. " + "; ".join(faults))
+
+
+def _expected(family: Family, config: Any) -> dict[str, tuple[int, ...]]:
+    """Every tensor name the family wants, with its shape."""
+
+    def names(weight: Weight) -> Sequence[str]:
+        if "{layer}" not in weight.name:
+            return [weight.name]
+        return [weight.name.format(layer=layer) for layer in range(config.layers)]
+
+    return {name: weight.shape for weight in family.weights(config) for name in names(weight)}
+
+
+def _checked_tokenizer(checkpoint: Checkpoint, config: Any) -> Tokenizer:
+    """The tokenizer, whose ids must all have an embedding."""
+    tokenizer = checkpoint.tokenizer
+    assert tokenizer is not None
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"The tokenizer of {checkpoint.source} has {tokenizer.vocab_size} tokens but the model embeds only "
+            f"{config.vocab_size}; they are not of the same model"
+        )
+    return tokenizer
+
+
+def converted(checkpoint: Checkpoint) -> Checkpoint:
+    """A quantised checkpoint as a folder of f32 safetensors in the cache, written once and read by mapping after.
+
+    Raises:
+      UserError: the disk is full.
+    """
+    from fedjax_llm.models.safetensors_format import read_folder
+
+    folder = cache_dir() / "converted" / checkpoint.fingerprint[:32]
+    if not (folder / "config.json").exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix="converting-", dir=folder.parent))
+        try:
+            save_folder(checkpoint, scratch)
+            scratch.rename(folder)
+        except OSError as error:
+            if not folder.exists():  # else another process was quicker
+                raise UserError(f"{folder} can't be written: {error}") from error
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return replace(read_folder(folder), source=checkpoint.source, fingerprint=checkpoint.fingerprint)
+
+
+def save_folder(checkpoint: Checkpoint, folder: Path) -> None:
+    """Writes ``config.json``, ``model.safetensors`` (f32) and the tokenizer, as Hugging Face libraries read them.
+
+    Raises:
+      UserError: the disk is full; says how much is needed.
+    """
+    import json
+
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: np.ascontiguousarray(checkpoint.tensors[name], np.float32) for name in checkpoint.tensors}
+    needed = sum(array.nbytes for array in tensors.values())
+    try:
+        if shutil.disk_usage(folder).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        if checkpoint.tokenizer is not None:
+            checkpoint.tokenizer.save(folder)
+        (folder / "config.json").write_text(json.dumps(dict(checkpoint.config), indent=2))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise UserError(f"The disk is full: {folder} needs {needed / 2**20:.0f} MiB for the converted model") from error
