@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -163,7 +163,7 @@ def _passes_hash(target: Path, asset: WheelAsset) -> bool:
 
 
 @contextlib.contextmanager
-def _lock(folder: Path, asset: WheelAsset) -> Iterator[None]:
+def _lock(folder: Path, asset: WheelAsset) -> Generator[None]:
     """One process at a time in this folder; says so when it has to wait. The lock ends with its process."""
     import filelock
 
@@ -233,7 +233,7 @@ def _append(part: Path, done: int, total: int, blocks: Iterator[bytes], show: Ca
 
 
 @contextlib.contextmanager
-def _opened(url: str, offset: int) -> Iterator[tuple[int, int, Iterator[bytes]]]:
+def _opened(url: str, offset: int) -> Generator[tuple[int, int, Iterator[bytes]]]:
     """The bytes at ``url`` from ``offset`` if the server can do that: (first byte, total or 0, blocks)."""
     if url.startswith("file:"):
         path = Path(url2pathname(urlsplit(url).path))
@@ -283,7 +283,7 @@ def _extract(wheel: Path, asset: WheelAsset, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
+def _progress(label: str) -> Generator[Callable[[int, int], None]]:
     """A function of (bytes done, bytes in all or 0): a progress bar on a terminal, elsewhere one line. To stderr."""
     from rich import progress
     from rich.console import Console
@@ -304,7 +304,7 @@ def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextlib.contextmanager
-def _room(folder: Path, needed: int) -> Iterator[None]:
+def _room(folder: Path, needed: int) -> Generator[None]:
     """Turns a full disk into advice: ahead where the free space tells, else when a write fails."""
     try:
         if shutil.disk_usage(folder).free < needed:

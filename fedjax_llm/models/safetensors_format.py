@@ -111,7 +111,9 @@ def _no_weights(folder: Path) -> str:
             "Take a revision with *.safetensors, or convert with transformers and torch: "
             "`AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)`."
         )
-    return f"{folder} has no *.safetensors files{nearest('model.safetensors', _names(folder))}"
+    return (
+        f"{folder} has no *.safetensors files, and no other weights are read{nearest('*.safetensors', _names(folder))}"
+    )
 
 
 def _names(folder: Path) -> list[str]:

@@ -67,9 +67,7 @@ def _from_hub(repo: str, revision: str | None) -> Checkpoint:
         ) from error
     except errors.RevisionNotFoundError as error:
         raise UserError(f"The model {repo!r} has no revision {revision!r} on the hub.") from error
-    except (
-        Exception
-    ) as error:  # no network, offline mode, a full disk: partly the HTTP library's own kinds
+    except Exception as error:  # no network, offline mode, a full disk: some of the HTTP library's own kinds
         raise UserError(
             f"Cannot download {what} from the hub ({_first_line(error)}), and it is not in the hub's cache. {absent}\n"
             "Without the hub: download the repository elsewhere and give its folder, set HF_HOME to a cache that holds "
@@ -79,5 +77,6 @@ def _from_hub(repo: str, revision: str | None) -> Checkpoint:
 
 
 def _first_line(error: Exception) -> str:
-    """The start of a message that may be long."""
-    return (str(error).splitlines() or [type(error).__name__])[0].removeprefix("Got: ")[:200]
+    """The kind of an error and the start of its message, which may be long."""
+    first = (str(error).splitlines() or [""])[0].removeprefix("Got: ")
+    return f"{type(error).__name__}: {first[:200]}"

@@ -299,6 +299,8 @@ def _compiled(source: str) -> "jinja2.Template":
     """Compiles a template in the environment that chat templates are written for (that of ``transformers``)."""
     import jinja2
     from jinja2.ext import Extension, loopcontrols
+    from jinja2.nodes import Node
+    from jinja2.parser import Parser
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
@@ -306,7 +308,7 @@ def _compiled(source: str) -> "jinja2.Template":
 
         tags = {"generation"}  # noqa: RUF012 (jinja's own way)
 
-        def parse(self, parser: "jinja2.parser.Parser") -> "jinja2.nodes.Node | list[jinja2.nodes.Node]":
+        def parse(self, parser: Parser) -> Node | list[Node]:
             """The body of the tag."""
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
