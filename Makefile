@@ -55,10 +55,11 @@ clean:
 
 # Interpreter: PYTHON where given, else the first usable candidate; says what is missing where there is none.
 $(VENV)/bin/python $(PEERS)/bin/python:
-	@for python in $${PYTHON:-$(CANDIDATES)}; do \
+	@environment=$$(dirname '$(@D)'); \
+	for python in $${PYTHON:-$(CANDIDATES)}; do \
 	  if "$$python" -c '$(USABLE)' >/dev/null 2>&1; then \
-	    echo "creating $(@D) with $$($$python -c 'import sys; print(sys.executable, sys.version.split()[0])')"; \
-	    "$$python" -m venv "$$(dirname '$(@D)')" && exit 0; \
+	    echo "creating $$environment with $$python: $$("$$python" --version)"; \
+	    exec "$$python" -m venv "$$environment"; \
 	  fi; \
 	done; \
 	echo "No Python >= 3.11 with venv was found (tried: $${PYTHON:-$(CANDIDATES)})." >&2; \

@@ -56,7 +56,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["fedjax_llm", "fedjax_llm.*"]),
-    package_data={"fedjax_llm.runs": ["report.html"]},
+    package_data={"fedjax_llm.runs": ["*.html"]},
     install_requires=RUNTIME,
     extras_require=EXTRAS,
     classifiers=[

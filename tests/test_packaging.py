@@ -195,3 +195,13 @@ def test_parity_without_torch_is_refused_rather_than_skipped(tmp_path: Path):
     ran = run(*command, folder=tmp_path, PYTHONPATH=paths)
     assert ran.returncode == pytest.ExitCode.USAGE_ERROR
     assert "make parity" in ran.stderr
+
+
+def test_a_test_for_accelerators_is_skipped_with_a_reason_where_there_is_none(tmp_path: Path):
+    shutil.copy(ROOT / "tests/conftest.py", tmp_path)
+    source = "import pytest\n@pytest.mark.accelerator\ndef test_a(): pass\ndef test_b(): pass\n"
+    (tmp_path / "test_marked.py").write_text(source)
+    command = (sys.executable, "-m", "pytest", "-rs", str(tmp_path))
+    ran = run(*command, folder=tmp_path, PYTHONPATH=str(ROOT), JAX_PLATFORMS="cpu")
+    assert "1 passed, 1 skipped" in ran.stdout
+    assert "jax.devices() has only the CPU" in ran.stdout
