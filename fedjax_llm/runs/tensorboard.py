@@ -1,0 +1,48 @@
+"""A metrics line as TensorBoard scalars, so that any viewer can follow a run."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import tensorboardX
+
+
+class Scalars:
+    """Writes scalars into a folder; a context manager.
+
+    Args:
+      folder: of the event files.
+      resumed_at: the first round that is written again after a resume; what an earlier process wrote from there on is
+        dropped by the viewer.
+    """
+
+    def __init__(self, folder: str | Path, resumed_at: int | None = None):
+        self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=resumed_at, flush_secs=30)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._writer.close()
+
+    def round(self, line: Mapping[str, Any]) -> None:
+        """Writes every number of a metrics line under its path (``sites/nervous/loss``), at the line's round."""
+        for name, value in scalars(line):
+            self._writer.add_scalar(name, value, line["round"])
+
+
+def scalars(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    """Path and value of every number in nested dictionaries, but the round itself; lists count their length.
+
+    >>> list(scalars({"round": 1, "loss": 2.5, "excluded": ["a"], "epsilon": None}))
+    [('loss', 2.5), ('excluded', 1.0)]
+    """
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if path or key != "round":
+                yield from scalars(inner, f"{path}/{key}" if path else str(key))
+    elif isinstance(value, list | tuple):
+        yield path, float(len(value))
+    elif isinstance(value, int | float):
+        yield path, float(value)

@@ -1,0 +1,41 @@
+"""Scalars as a TensorBoard reader sees them."""
+
+import struct
+
+from tensorboardX.proto import event_pb2
+
+from fedjax_llm.runs.tensorboard import Scalars, scalars
+
+LINE = {
+    "round": 3, "loss": 2.5, "cohort": ["a", "b"], "excluded": [], "sites": {"a": {"loss": 2.25, "tokens": 10}},
+    "validation": None, "epsilon": None, "timing": {"seconds": 1.5},
+}  # fmt: skip
+
+
+def events(folder):
+    for path in sorted(folder.iterdir()):
+        data = path.read_bytes()
+        while data:  # TFRecord: length, its checksum, the message, its checksum
+            (size,) = struct.unpack("<Q", data[:8])
+            yield event_pb2.Event.FromString(data[12 : 12 + size])
+            data = data[16 + size :]
+
+
+def test_every_number_has_its_path():
+    assert dict(scalars(LINE)) == {
+        "loss": 2.5, "cohort": 2, "excluded": 0, "sites/a/loss": 2.25, "sites/a/tokens": 10, "timing/seconds": 1.5,
+    }  # fmt: skip
+
+
+def test_scalars_reach_the_file_at_their_round(tmp_path):
+    with Scalars(tmp_path) as writer:
+        writer.round(LINE)
+    found = {value.tag: (event.step, value.simple_value) for event in events(tmp_path) for value in event.summary.value}
+    assert found == {name: (3, value) for name, value in scalars(LINE)}
+
+
+def test_a_resume_tells_the_viewer_from_where_to_forget(tmp_path):
+    with Scalars(tmp_path, resumed_at=3) as writer:
+        writer.round(LINE)
+    starts = [event.step for event in events(tmp_path) if event.session_log.status == event_pb2.SessionLog.START]
+    assert starts == [3]
