@@ -54,7 +54,7 @@ class Lora:
 
     @property
     def scaling(self) -> float:
-        """alpha / rank."""
+        """What the low-rank product is multiplied by: alpha / rank."""
         return self.alpha / self.rank
 
 

@@ -105,7 +105,7 @@ def _least_padding(lengths: np.ndarray, buckets: int) -> list[int]:
     edges, counts = np.unique(lengths, return_counts=True)
     before = np.concatenate([[0], np.cumsum(counts)])
     n = len(edges)
-    # cost[j] = least padded tokens of the first j lengths with the buckets so far; cut[k][j] = where the last one starts
+    # cost[j]: least padded tokens of the first j lengths with the buckets so far; cuts[k][j]: where the last starts
     cost = np.concatenate([[0.0], np.full(n, np.inf)])
     cuts = []
     for _ in range(min(buckets, n)):

@@ -1,0 +1,56 @@
+"""What the server-optimiser family shares: an optax transformation applied to the negative mean delta.
+
+Reddi et al. 2021, "Adaptive federated optimization" (arXiv 2003.00295), Algorithm 2: the mean client delta is a
+pseudo-gradient of the server.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedjax_llm.errors import UserError
+from fedjax_llm.types import Aggregation, PyTree, Sum
+
+
+def from_optax(transform: optax.GradientTransformation) -> Aggregation:
+    """An aggregation that steps ``transform`` with the negative mean delta.
+
+    Args:
+      transform: any optax optimiser.
+    """
+
+    def update(view: Sum, state: PyTree, adapters: PyTree) -> tuple[PyTree, PyTree]:
+        present = view.weight > 0
+        share = jnp.where(present, 1.0 / jnp.where(present, view.weight, 1.0), 0.0)
+        pseudo_gradient = jax.tree.map(lambda d, a: (-share * d).astype(a.dtype), view.total, adapters)
+        updates, stepped = transform.update(pseudo_gradient, state, adapters)
+        moved = optax.apply_updates(adapters, updates)
+
+        def keep(new: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where(present, new, old)
+
+        return jax.tree.map(keep, moved, adapters), jax.tree.map(keep, stepped, state)
+
+    return Aggregation(init=transform.init, update=update, view=Sum)
+
+
+def check_positive(**values: float) -> None:
+    """Refuses hyper-parameters that must be positive, by name.
+
+    Raises:
+      UserError: naming the one that is not.
+    """
+    for name, value in values.items():
+        if not value > 0:
+            raise UserError(f"aggregation.{name} is {value}; it must be positive")
+
+
+def check_share(**values: float) -> None:
+    """Refuses hyper-parameters that must be in [0, 1), by name.
+
+    Raises:
+      UserError: naming the one that is not.
+    """
+    for name, value in values.items():
+        if not 0 <= value < 1:
+            raise UserError(f"aggregation.{name} is {value}; it must be in [0, 1)")

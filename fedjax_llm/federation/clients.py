@@ -1,0 +1,62 @@
+"""Who the clients of a run are, by setting: the same data and the same steps, with other bookkeeping."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from fedjax_llm.data.records import EncodedExample
+from fedjax_llm.errors import UserError
+from fedjax_llm.federation.sampling import client_id
+from fedjax_llm.training.client_update import LocalTraining
+from fedjax_llm.types import Setting
+
+
+@dataclass(frozen=True, eq=False)
+class Client:
+    """A holder of training examples.
+
+    Attributes:
+      name: of the site, or ``all`` for the one client of the setting centralised.
+      id: stable over rounds, cohorts and runs; see ``sampling.client_id``.
+      examples: at least one.
+    """
+
+    name: str
+    id: int
+    examples: tuple[EncodedExample, ...]
+
+
+def clients_of(setting: Setting, sites: Sequence[tuple[str, tuple[EncodedExample, ...]]]) -> tuple[Client, ...]:
+    """The clients of a setting: the sites, or one that holds everything.
+
+    Args:
+      setting: of the run.
+      sites: names and training examples.
+
+    Raises:
+      UserError: two sites have one name, or a site has no training example.
+    """
+    names = [name for name, _ in sites]
+    for name, examples in sites:
+        if not examples:
+            raise UserError(
+                f"site {name!r} has no training example left; give it more records, a smaller held-out share, "
+                "a larger data.max_length, or leave it out"
+            )
+        if names.count(name) > 1:
+            raise UserError(f"two sites are called {name!r}; site names must be unique")
+    if setting == "centralised":
+        sites = [("all", tuple(example for _, examples in sites for example in examples))]
+    return tuple(Client(name, client_id(name), tuple(examples)) for name, examples in sites)
+
+
+def local_training_of(setting: Setting, local: LocalTraining, cohort: int) -> LocalTraining:
+    """Local training that spends as many examples a round in every setting.
+
+    The one client of the setting centralised does the steps of the whole cohort, one after another. Where a client is
+    the same in every round, its optimiser lasts over the rounds unless the experiment says otherwise.
+    """
+    if local.keep_optimizer == "auto":
+        local = replace(local, keep_optimizer="no" if setting == "federated" else "yes")
+    if setting == "centralised":
+        local = replace(local, local_steps=local.local_steps * cohort)
+    return local

@@ -1,0 +1,182 @@
+"""One round of local training, for all clients of a chunk at once.
+
+Local state is stacked over client slots [C]. A microbatch adds its rows' gradients to their clients' sums; when a
+client's step is complete, its optimiser takes a step with the mean, and the others stand still.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from fedjax_llm import trees
+from fedjax_llm.data.packing import Microbatch
+from fedjax_llm.errors import UserError
+from fedjax_llm.models.causal_lm import CausalLM
+from fedjax_llm.training.optimizers import Optimizer, Schedule
+from fedjax_llm.training.rows import Rows, example_gradients
+from fedjax_llm.types import Params, PyTree
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """What a client does with the server's adapters in a round.
+
+    Attributes:
+      batch_size: examples a step.
+      local_steps: optimiser steps a round; or
+      local_epochs: passes over the client's data a round, which replaces ``local_steps``.
+      optimizer: of the client.
+      local_schedule: of the learning rate over a round's steps.
+      round_schedule: of the learning rate over the rounds.
+      proximal: FedProx's mu (Li et al. 2020, arXiv 1812.06127): the loss has ``mu / 2 |theta - theta_server|^2`` added.
+      normalise: whether every ``example`` of a batch weighs alike, or every target ``token``.
+      keep_optimizer: whether a client's optimiser state lasts over rounds (``auto``: only where the client is the same
+        in every round, that is in the settings centralised and local).
+    """
+
+    batch_size: int = 8
+    local_steps: int = 1
+    local_epochs: int | None = None
+    optimizer: Optimizer = Optimizer()
+    local_schedule: Schedule = Schedule()
+    round_schedule: Schedule = Schedule()
+    proximal: float = 0.0
+    normalise: Literal["example", "token"] = "example"
+    keep_optimizer: Literal["auto", "yes", "no"] = "auto"
+
+    def __post_init__(self) -> None:
+        """Refuses impossible values."""
+        for name in ("batch_size", "local_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.local_epochs is not None and self.local_epochs < 1:
+            raise UserError(f"training.local_epochs is {self.local_epochs}; it must be at least 1")
+        if self.proximal < 0:
+            raise UserError(f"training.proximal is {self.proximal}; it must not be negative")
+
+
+class LocalState(NamedTuple):
+    """Clients in the middle of a round. All leaves are [C, ...].
+
+    Attributes:
+      adapters: the clients' own.
+      optimizer: the states of their optimisers.
+      gradients: sums over the rows of the open step so far.
+      loss: sums of the row losses so far.
+    """
+
+    adapters: PyTree
+    optimizer: PyTree
+    gradients: PyTree
+    loss: Array
+
+
+class Trainer(NamedTuple):
+    """The static half of local training: hashable, so that ``jit`` compiles once for it and every shape.
+
+    Attributes:
+      model: the frozen model, with its dropout rate.
+      scaling: alpha / rank.
+      optimizer: the optax transformation.
+      proximal: FedProx's mu.
+    """
+
+    model: CausalLM
+    scaling: float
+    optimizer: optax.GradientTransformation
+    proximal: float
+
+
+def start(trainer: Trainer, adapters: PyTree, optimizer: PyTree | None = None) -> LocalState:
+    """Clients at the beginning of a round.
+
+    Args:
+      trainer: the static half.
+      adapters: what each client starts from, leaves [C, ...].
+      optimizer: the clients' optimiser states [C, ...]; ``None`` makes fresh ones.
+    """
+    if optimizer is None:
+        optimizer = jax.vmap(trainer.optimizer.init)(adapters)
+    clients = jax.tree.leaves(adapters)[0].shape[0]
+    gradients = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), adapters)
+    return LocalState(adapters, optimizer, gradients, jnp.zeros(clients))
+
+
+def run(
+    trainer: Trainer,
+    params: Params,
+    state: LocalState,
+    microbatches: Iterable[Microbatch],
+    client_keys: Array,
+    learning_rates: np.ndarray,
+) -> LocalState:
+    """Runs a round's microbatches in order.
+
+    Args:
+      trainer: the static half.
+      params: the frozen weights.
+      state: from :func:`start`.
+      microbatches: from ``data.packing.pack``.
+      client_keys: typed keys [C] of this round.
+      learning_rates: [C, S] factors of the base learning rate, for every client and local step.
+    """
+    anchor = state.adapters
+    for batch in microbatches:
+        rows = Rows(*(getattr(batch, name) for name in Rows._fields))
+        state = accumulate(trainer, params, state, rows, client_keys)
+        if batch.finished.any():
+            rates = learning_rates[np.arange(len(batch.finished)), batch.finished_step].astype(np.float32)
+            state = step(trainer, state, anchor, batch.finished, batch.denominator, rates)
+    return state
+
+
+@partial(jax.jit, static_argnums=0)
+def accumulate(trainer: Trainer, params: Params, state: LocalState, rows: Rows, client_keys: Array) -> LocalState:
+    """Adds the gradients and the losses of a microbatch to its clients' sums."""
+    losses, gradients = example_gradients(trainer.model, trainer.scaling, params, state.adapters, rows, client_keys)
+    clients = state.loss.shape[0]
+    summed = trees.segment_sum(gradients, rows.client, clients)
+    return state._replace(
+        gradients=jax.tree.map(jnp.add, state.gradients, summed),
+        loss=state.loss + jax.ops.segment_sum(losses, rows.client, clients),
+    )
+
+
+@partial(jax.jit, static_argnums=0)
+def step(
+    trainer: Trainer, state: LocalState, anchor: PyTree, finished: Array, denominator: Array, rates: Array
+) -> LocalState:
+    """One optimiser step of the clients that are ``finished`` [C] with a batch; the others stay as they are.
+
+    Args:
+      trainer: the static half.
+      state: with the summed gradients.
+      anchor: what the clients started the round from, [C, ...].
+      finished: bool [C].
+      denominator: f32 [C], what the sums are divided by.
+      rates: f32 [C], factors of the base learning rate.
+    """
+
+    def one(adapters, optimizer, gradients, anchor, denominator, rate):
+        mean = jax.tree.map(lambda g, a: (g / denominator).astype(a.dtype), gradients, adapters)
+        if trainer.proximal:
+            mean = jax.tree.map(lambda g, a, o: g + trainer.proximal * (a - o), mean, adapters, anchor)
+        updates, optimizer = trainer.optimizer.update(mean, optimizer, adapters)
+        updates = jax.tree.map(lambda u: (u * rate).astype(u.dtype), updates)
+        return optax.apply_updates(adapters, updates), optimizer
+
+    adapters, optimizer = jax.vmap(one)(state.adapters, state.optimizer, state.gradients, anchor, denominator, rates)
+    zeros = jax.tree.map(jnp.zeros_like, state.gradients)
+    return LocalState(
+        adapters=trees.select(finished, adapters, state.adapters),
+        optimizer=trees.select(finished, optimizer, state.optimizer),
+        gradients=trees.select(finished, zeros, state.gradients),
+        loss=state.loss,
+    )

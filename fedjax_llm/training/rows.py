@@ -1,0 +1,92 @@
+"""Rows: one (client, example) pair each, all clients in one pass over the frozen base.
+
+The gradient of the summed row losses with respect to the rows' own copies of the adapters is the stack of per-example
+gradients; see ``docs/design.md``, section 1.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fedjax_llm import lora as low_rank
+from fedjax_llm import trees
+from fedjax_llm.models.causal_lm import CausalLM
+from fedjax_llm.training.losses import target_nll
+from fedjax_llm.types import Adapters, Params
+
+
+class Rows(NamedTuple):
+    """A microbatch on the device: the arrays of ``data.packing.Microbatch`` that the gradient needs."""
+
+    tokens: Array
+    client: Array
+    step: Array
+    index: Array
+    target_row: Array
+    target_position: Array
+    target_token: Array
+    target_weight: Array
+
+
+def row_losses(
+    model: CausalLM,
+    scaling: float,
+    params: Params,
+    adapters: Adapters,
+    rows: Rows,
+    dropout_keys: Array | None = None,
+) -> Array:
+    """The loss of each row: the weighted sum of its targets' negative log-likelihoods.
+
+    Args:
+      model: the frozen model.
+      scaling: alpha / rank.
+      params: its weights.
+      adapters: every row's own, leaves [M, ...]; or shared ones, leaves [...].
+      rows: a microbatch.
+      dropout_keys: [M], or ``None`` for no dropout.
+
+    Returns:
+      f32 [M], nats.
+    """
+    hidden = model.hidden(params, low_rank.scaled(adapters, scaling), rows.tokens, dropout_keys=dropout_keys)
+    picked = hidden[rows.target_row, rows.target_position]
+    weighted = rows.target_weight * target_nll(model, params, picked, rows.target_token)
+    return jax.ops.segment_sum(weighted, rows.target_row, rows.tokens.shape[0])
+
+
+def example_gradients(
+    model: CausalLM, scaling: float, params: Params, adapters: Adapters, rows: Rows, client_keys: Array
+) -> tuple[Array, Adapters]:
+    """Losses and per-example gradients of a microbatch.
+
+    Args:
+      model: the frozen model; its ``dropout`` decides whether the keys are used.
+      scaling: alpha / rank.
+      params: its weights.
+      adapters: of the clients, leaves [C, ...].
+      rows: a microbatch; ``rows.client`` [M] are slots of ``adapters``.
+      client_keys: typed keys [C] of this round.
+
+    Returns:
+      (f32 [M], leaves [M, ...]). Padding rows have loss and gradient zero.
+    """
+    keys = row_keys(client_keys, rows) if model.dropout else None
+
+    def total(own: Adapters) -> tuple[Array, Array]:
+        losses = row_losses(model, scaling, params, own, rows, keys)
+        return jnp.sum(losses), losses
+
+    (_, losses), gradients = jax.value_and_grad(total, has_aux=True)(trees.take(adapters, rows.client))
+    return losses, gradients
+
+
+def row_keys(client_keys: Array, rows: Rows) -> Array:
+    """A key for each row [M] that depends on client, step and place in the batch, never on the packing."""
+
+    def key(client: Array, step: Array, index: Array) -> Array:
+        return jax.random.fold_in(jax.random.fold_in(client_keys[client], step), index)
+
+    return jax.vmap(key)(rows.client, rows.step, rows.index)
