@@ -20,7 +20,7 @@ from fedjax_llm.errors import UserError
 
 MEASURES = ("nll", "perplexity", "token_accuracy", "choice_accuracy")
 LEVEL = 0.95
-_BLOCK = 4_000_000  # counts held at once: 32 MB
+_BLOCK = 2_000_000  # draws held at once: 16 MB
 
 
 def summarise_evaluation(evaluation: Mapping[str, Any], seed: int, resamples: int = 2000) -> dict[str, Any]:
@@ -146,16 +146,13 @@ def _differences(
 
 
 def _resampled_sums(values: np.ndarray, rng: np.random.Generator, resamples: int) -> np.ndarray:
-    """Column sums ``[resamples, k]`` over rows of ``values`` ``[n, k]`` drawn n times with replacement.
-
-    A draw is a multinomial count of how often each row comes, so that the sums are one matrix product.
-    """
+    """Column sums ``[resamples, k]`` over rows of ``values`` ``[n, k]`` drawn n times with replacement."""
     rows = len(values)
     block = max(1, _BLOCK // rows)
-    parts = [
-        rng.multinomial(rows, np.full(rows, 1 / rows), size=min(block, resamples - start)) @ values
-        for start in range(0, resamples, block)
-    ]
+    parts = []
+    for start in range(0, resamples, block):
+        drawn = rng.integers(0, rows, (min(block, resamples - start), rows))
+        parts.append(np.stack([column[drawn].sum(axis=1) for column in values.T], axis=1))
     return np.concatenate(parts)
 
 
