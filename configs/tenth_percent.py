@@ -1,0 +1,14 @@
+"""The quickstart with adapters of a tenth of a percent: rank 2 on q and v are 115,200 of 134,515,008 parameters (0.086%).
+
+    python -m experiments.run --config=configs/tenth_percent.py
+"""
+
+import dataclasses
+
+from configs import quickstart
+from fedjax_llm.config import Experiment
+from fedjax_llm.lora import Lora
+
+
+def get_config() -> Experiment:
+    return dataclasses.replace(quickstart.get_config(), lora=Lora(rank=2, alpha=4, targets=("q_proj", "v_proj")))

@@ -1,0 +1,37 @@
+"""Lays runs side by side: figures, sites, and paired differences against the first.
+
+python -m experiments.compare runs/quickstart-federated runs/quickstart-centralised
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from fedjax_llm.runs.compare import compare, render
+from rich.console import Console
+
+from fedjax_llm.errors import UserError
+
+
+def show(runs: Annotated[tuple[Path, ...], tyro.conf.Positional]) -> None:
+    """Compares finished runs.
+
+    Args:
+      runs: their folders; differences are taken against the first.
+    """
+    render(Console(), compare(runs))
+
+
+def main() -> int:
+    """Runs the command line; returns the exit status."""
+    try:
+        tyro.cli(show, prog="python -m experiments.compare")
+    except UserError as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

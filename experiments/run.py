@@ -1,0 +1,77 @@
+"""The main job: fine-tunes a language model across sites, evaluates it and writes a report.
+
+    python -m experiments.run --config=configs/quickstart.py
+    python -m experiments.run --config=configs/quickstart.py --setting=centralised --federation.rounds=5
+    python -m experiments.run --config=configs/quickstart.py --out=runs/mine --resume
+
+Every field of the configuration can be overridden; ``--help`` lists them with the configuration's values.
+"""
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from fedjax_llm import config as configuration
+from fedjax_llm.config import Experiment
+from fedjax_llm.errors import UserError
+
+DEFAULT = "configs/quickstart.py"
+
+
+@dataclass(frozen=True)
+class Command(Experiment):
+    """Fine-tunes a language model across sites. The other options override fields of the configuration.
+
+    Attributes:
+      config: a Python file with ``get_config() -> Experiment``.
+      out: the run's folder; ``runs/<config>-<setting>`` if not given.
+      resume: go on with the run in that folder.
+    """
+
+    config: str = DEFAULT
+    out: str | None = None
+    resume: bool = False
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    console = Console()
+    try:
+        command = parse(arguments)
+        fields = [field.name for field in dataclasses.fields(Experiment)]
+        experiment = Experiment(**{name: getattr(command, name) for name in fields})
+        configuration.check(experiment)
+        folder = Path(command.out or f"runs/{Path(command.config).stem}-{experiment.setting}")
+        from fedjax_llm.experiment.run import run
+
+        return run(experiment, folder, resume=command.resume, console=console)
+    except UserError as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return 2
+
+
+def parse(arguments: list[str]) -> Command:
+    """The command line, with the configuration file's values as defaults.
+
+    Raises:
+      UserError: the configuration cannot be read.
+      SystemExit: an option does not exist (near ones are named), or ``--help``.
+    """
+    path = DEFAULT
+    for place, word in enumerate(arguments):
+        if word == "--config" and place + 1 < len(arguments):
+            path = arguments[place + 1]
+        elif word.startswith("--config="):
+            path = word.removeprefix("--config=")
+    experiment = configuration.load(path)
+    fields = {field.name: getattr(experiment, field.name) for field in dataclasses.fields(experiment)}
+    return tyro.cli(Command, default=Command(**fields, config=path), args=arguments, prog="python -m experiments.run")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,220 @@
+"""An experiment as frozen dataclasses: from a Python file, with typed overrides, to JSON.
+
+A configuration is a Python file with ``get_config() -> Experiment``. It imports what it uses, so there is no registry:
+``aggregation=FedAdam(server_lr=1e-2)``.
+"""
+
+import dataclasses
+import math
+import re
+import runpy
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from fedjax_llm.aggregation.fedavg import FedAvg
+from fedjax_llm.data.hpo import HpoFlashcards
+from fedjax_llm.data.splits import Fractions
+from fedjax_llm.errors import UserError, nearest
+from fedjax_llm.evaluation.evaluate import Evaluation
+from fedjax_llm.federation.rounds import Execution, Federation
+from fedjax_llm.lora import Lora
+from fedjax_llm.models.loading import BaseType
+from fedjax_llm.training.client_update import LocalTraining
+from fedjax_llm.types import Setting
+
+
+@dataclass(frozen=True)
+class Model:
+    """The base model.
+
+    Attributes:
+      name: a built-in name, a hub id, a folder, or a ``.gguf`` file.
+      dtype: of the frozen weights and the activations.
+    """
+
+    name: str = "smollm2-135m-instruct"
+    dtype: BaseType = "float32"
+
+
+@dataclass(frozen=True)
+class Data:
+    """The text, the sites, and how records become tokens.
+
+    Attributes:
+      source: a dataclass with ``.load() -> Dataset`` (``data/hpo.py``, ``site_files.py``, ``hub.py``, or your own).
+      partition: deals the records out to simulated sites (``data/partition.py``); ``None``: the source's own sites.
+      fractions: of the records (of their owners) that are held out.
+      max_length: tokens of an example at most.
+      too_long: whether longer examples lose the end of their answer or are left out. They are counted.
+      system: a system message for examples without one; ``None``: the chat template's own default.
+    """
+
+    source: Any = HpoFlashcards()
+    partition: Any = None
+    fractions: Fractions = Fractions()
+    max_length: int = 128
+    too_long: Literal["truncate", "drop"] = "truncate"
+    system: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses impossible values."""
+        if self.max_length < 8:
+            raise UserError(f"data.max_length is {self.max_length}; it must be at least 8")
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a run leaves behind.
+
+    Attributes:
+      keep_last: newest checkpoints that are kept.
+      keep_best: checkpoints with the lowest held-out loss that are kept besides (where there is validation).
+      select: which adapters are the result: those of the last round, or of the best validation.
+      bandwidth_mbps: of a site's line, for the seconds that communication would take.
+    """
+
+    keep_last: int = 2
+    keep_best: int = 1
+    select: Literal["last", "best"] = "last"
+    bandwidth_mbps: float = 20.0
+
+    def __post_init__(self) -> None:
+        """Refuses impossible values."""
+        if not self.bandwidth_mbps > 0:
+            raise UserError(f"output.bandwidth_mbps is {self.bandwidth_mbps}; it must be positive")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that decides a run's results, and how it is executed.
+
+    Attributes:
+      model: the base model.
+      lora: the adapters.
+      start_from: a folder in PEFT's format with adapters to start from; ``None``: fresh ones.
+      data: text and sites.
+      training: what clients do in a round.
+      federation: rounds and cohorts.
+      aggregation: the server's algorithm: a dataclass with ``.make()`` (``aggregation/``).
+      evaluation: of held-out records.
+      execution: layout of the computation; never changes a result.
+      output: of the run.
+      setting: federated, or one of the baselines with everything else equal.
+      seed: of everything random.
+    """
+
+    model: Model = Model()
+    lora: Lora = Lora()
+    start_from: str | None = None
+    data: Data = Data()
+    training: LocalTraining = LocalTraining()
+    federation: Federation = Federation()
+    aggregation: Any = FedAvg()
+    evaluation: Evaluation = Evaluation()
+    execution: Execution = Execution()
+    output: Output = Output()
+    setting: Setting = "federated"
+    seed: int = 0
+
+
+MAY_CHANGE = ("execution.*", "output.*")
+"""What may differ when a run is resumed: nothing that decides a result."""
+
+
+def load(path: str | Path) -> Experiment:
+    """The experiment of a configuration file.
+
+    Raises:
+      UserError: no such file, no ``get_config``, a field that does not exist (near names are listed), or a value that
+        is impossible.
+    """
+    file = Path(path)
+    if not file.is_file():
+        near = nearest(file.name, [other.name for other in file.parent.glob("*.py")]) if file.parent.is_dir() else ""
+        raise UserError(f"there is no configuration file {file}{near}")
+    try:
+        namespace = runpy.run_path(str(file))
+        if not callable(namespace.get("get_config")):
+            raise UserError(f"{file} has no function get_config() -> Experiment")
+        experiment = namespace["get_config"]()
+    except TypeError as error:
+        raise UserError(f"{file}: {error}{_near_fields(error)}") from error
+    except (ImportError, AttributeError, NameError, SyntaxError) as error:
+        raise UserError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
+    if not isinstance(experiment, Experiment):
+        raise UserError(f"{file}: get_config() gave a {type(experiment).__name__}, not an Experiment")
+    check(experiment)
+    return experiment
+
+
+def _near_fields(error: TypeError) -> str:
+    """For an unexpected keyword of a dataclass: the nearest fields that it has."""
+    match = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    trace: TracebackType | None = error.__traceback__
+    if match is None or trace is None:
+        return ""
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    seen = trace.tb_frame.f_globals
+    modules = [vars(value) for value in seen.values() if isinstance(value, types.ModuleType)]
+    for space in (seen, *modules):
+        found = space.get(match[1])
+        if dataclasses.is_dataclass(found):
+            return nearest(match[2], [field.name for field in dataclasses.fields(found)])
+    return ""
+
+
+def check(value: Any, path: str = "") -> None:
+    """Compares the fields of nested dataclasses with their types, which Python itself does not.
+
+    Raises:
+      UserError: naming the field, its value, and what it may be.
+    """
+    hints = typing.get_type_hints(type(value))
+    for field in dataclasses.fields(value):
+        inner, place = getattr(value, field.name), f"{path}.{field.name}" if path else field.name
+        _check_type(inner, hints[field.name], place)
+        if dataclasses.is_dataclass(inner):
+            check(inner, place)
+
+
+def _check_type(value: Any, kind: Any, place: str) -> None:
+    """One field against its annotation: literals, numbers, text, and unions of these."""
+    origin = typing.get_origin(kind)
+    if origin is Literal:
+        allowed = typing.get_args(kind)
+        if value not in allowed:
+            raise UserError(f"{place} is {value!r}{nearest(str(value), map(str, allowed))}")
+    elif origin in (typing.Union, types.UnionType):
+        options = typing.get_args(kind)
+        if value is None and type(None) in options:
+            return
+        rest = [option for option in options if option is not type(None)]
+        if len(rest) == 1:
+            _check_type(value, rest[0], place)
+    elif kind in (int, float, str, bool):
+        numeric = kind is float and isinstance(value, int) and not isinstance(value, bool)
+        wrong = not isinstance(value, kind) or (kind is int and isinstance(value, bool))
+        if wrong and not numeric:
+            raise UserError(f"{place} is {value!r}, a {type(value).__name__}; it must be of type {kind.__name__}")
+        if kind is float and not math.isfinite(value):
+            raise UserError(f"{place} is {value}; it must be a finite number")
+
+
+def to_json(value: Any) -> Any:
+    """Nested dictionaries of a configuration, each with the name of its class, as ``config.json`` holds them."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"class": type(value).__name__} | fields
+    if isinstance(value, Mapping):
+        return {str(key): to_json(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(inner) for inner in value]
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    raise UserError(f"a configuration holds {value!r}, which has no place in config.json; use plain values")

@@ -1,0 +1,31 @@
+"""The compilation cache, and how long compiling took."""
+
+import jax
+
+from fedjax_llm.assets import cache_dir
+
+_EVENTS = (
+    "/jax/core/compile/jaxpr_trace_duration",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration",
+    "/jax/core/compile/backend_compile_duration",
+)
+
+
+class CompileClock:
+    """Counts the seconds that jax spends on tracing, lowering and compiling (or on reading its cache)."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._add)
+
+    def _add(self, event: str, duration: float, **_: str | int | float) -> None:
+        """Called by jax."""
+        if event in _EVENTS:
+            self.seconds += duration
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs in the cache folder, unless the user has chosen another place (or none)."""
+    if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

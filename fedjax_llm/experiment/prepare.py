@@ -1,0 +1,155 @@
+"""From an experiment to everything that its rounds need: model, adapters, tokens, plan."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from fedjax_llm import lora as low_rank
+from fedjax_llm import peft
+from fedjax_llm.config import Experiment
+from fedjax_llm.data.chat import LengthReport, encode_records
+from fedjax_llm.data.packing import choose_shapes
+from fedjax_llm.data.partition import partitioned
+from fedjax_llm.data.records import Dataset, EncodedExample
+from fedjax_llm.data.splits import SplitSite, split_site
+from fedjax_llm.errors import UserError
+from fedjax_llm.federation.clients import clients_of, local_training_of
+from fedjax_llm.federation.rounds import RoundPlan
+from fedjax_llm.lora import Lora
+from fedjax_llm.models.loading import BaseModel, load
+from fedjax_llm.runs.progress import RunProgress
+from fedjax_llm.training.client_update import Trainer
+from fedjax_llm.types import Adapters
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A run that is ready to begin.
+
+    Attributes:
+      experiment: the configuration.
+      base: the frozen model.
+      lora: the adapters' kind (of ``start_from``, where that is given).
+      adapters: what the run starts from.
+      dataset: as its source gave it, partitioned.
+      sites: split into training, validation and test records.
+      train: the sites' training examples as tokens.
+      lengths: what was kept, truncated and dropped, by site.
+      plan: the rounds; ``None`` in the setting base.
+    """
+
+    experiment: Experiment
+    base: BaseModel
+    lora: Lora
+    adapters: Adapters
+    dataset: Dataset
+    sites: tuple[SplitSite, ...]
+    train: tuple[tuple[str, tuple[EncodedExample, ...]], ...]
+    lengths: dict[str, LengthReport]
+    plan: RoundPlan | None
+
+
+def prepare(experiment: Experiment, progress: RunProgress) -> Prepared:
+    """Loads the model and the text, and lays out the rounds.
+
+    Raises:
+      UserError: whatever cannot work is found here, before any training.
+    """
+    experiment.training.optimizer.make()  # a wrong name is told before the downloads
+    aggregation = experiment.aggregation.make()
+    with progress.phase(f"Loading the model {experiment.model.name}"):
+        base = load(experiment.model.name, experiment.model.dtype)
+        base = replace(base, model=replace(base.model, remat=experiment.execution.remat))
+    key = jax.random.key(experiment.seed)
+    init_key, run_key = jax.random.split(key)
+    lora, adapters = _adapters(experiment, base, init_key)
+    with progress.phase("Reading the text"):
+        dataset = load_dataset(experiment)
+    sites = split_sites(experiment, dataset)
+    train, lengths = _encode(experiment, base, sites, progress)
+    plan = None
+    if experiment.setting != "base":
+        cohort = _cohort(experiment, len(sites))
+        clients = clients_of(experiment.setting, train)
+        local = local_training_of(experiment.setting, experiment.training, cohort)
+        trainer = Trainer(
+            model=replace(base.model, dropout=lora.dropout),
+            scaling=lora.scaling,
+            optimizer=local.optimizer.make(),
+            proximal=local.proximal,
+        )
+        execution = experiment.execution
+        plan = RoundPlan(
+            setting=experiment.setting,
+            trainer=trainer,
+            aggregation=aggregation,
+            federation=experiment.federation,
+            local=local,
+            execution=execution,
+            shapes=choose_shapes(
+                [example for client in clients for example in client.examples],
+                tokens_per_microbatch=execution.tokens_per_microbatch,
+                buckets=execution.buckets,
+            ),
+            clients=clients,
+            cohort=1 if experiment.setting == "centralised" else cohort,
+            key=run_key,
+        )
+    return Prepared(experiment, base, lora, adapters, dataset, sites, train, lengths, plan)
+
+
+def _adapters(experiment: Experiment, base: BaseModel, key: jax.Array) -> tuple[Lora, Adapters]:
+    """Fresh adapters, or those of ``start_from`` with their own rank, alpha and targets."""
+    if experiment.start_from is None:
+        return experiment.lora, low_rank.init(key, experiment.lora, base.model)
+    lora, adapters = peft.read_adapter_for(experiment.start_from, base.model)
+    return replace(lora, dropout=experiment.lora.dropout), adapters
+
+
+def load_dataset(experiment: Experiment) -> Dataset:
+    """The dataset of an experiment, dealt out to simulated sites where it asks for that."""
+    dataset = experiment.data.source.load()
+    if experiment.data.partition is None:
+        return dataset
+    return partitioned(dataset, experiment.data.partition, np.random.default_rng([experiment.seed, 1]))
+
+
+def split_sites(experiment: Experiment, dataset: Dataset) -> tuple[SplitSite, ...]:
+    """Training, validation and test records by a hash of their owner. Which records are held out depends on no seed.
+
+    Raises:
+      UserError: a site has no training or no test record.
+    """
+    require = ("train", "test") if experiment.data.fractions.test else ("train",)
+    return tuple(split_site(site, experiment.data.fractions, 0, require) for site in dataset.sites)
+
+
+def _encode(
+    experiment: Experiment, base: BaseModel, sites: tuple[SplitSite, ...], progress: RunProgress
+) -> tuple[tuple[tuple[str, tuple[EncodedExample, ...]], ...], dict[str, LengthReport]]:
+    """The training examples of every site as tokens."""
+    train, lengths = [], {}
+    total = sum(len(site.train) for site in sites)
+    with progress.phase("Tokenising", total, "records") as advance:
+        for site in sites:
+            examples, lengths[site.name] = encode(experiment, base)(site.train)
+            train.append((site.name, examples))
+            advance(len(site.train))
+    return tuple(train), lengths
+
+
+def encode(experiment: Experiment, base: BaseModel) -> Callable[[Any], tuple[tuple[EncodedExample, ...], LengthReport]]:
+    """The experiment's way from records to tokens."""
+    data = experiment.data
+    return lambda records: encode_records(records, base.tokenizer, data.max_length, data.too_long, data.system)
+
+
+def _cohort(experiment: Experiment, sites: int) -> int:
+    """How many clients take part in a round."""
+    size = experiment.federation.cohort
+    if size is not None and size > sites:
+        raise UserError(f"federation.cohort is {size}, but there are only {sites} sites")
+    return sites if size is None else size

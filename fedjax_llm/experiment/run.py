@@ -1,0 +1,136 @@
+"""A whole run: prepare, train, evaluate, report."""
+
+import hashlib
+import json
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fedjax_llm import lora as low_rank
+from fedjax_llm.config import MAY_CHANGE, Experiment, to_json
+from fedjax_llm.experiment.compilation import CompileClock, use_compilation_cache
+from fedjax_llm.experiment.finish import finish, validation_of
+from fedjax_llm.experiment.prepare import Prepared, prepare
+from fedjax_llm.experiment.training_loop import Interrupted, Loop, run_rounds
+from fedjax_llm.runs import directory, environment
+from fedjax_llm.runs.progress import RunProgress, byte_size, results_table, settings_table, sites_table
+
+
+def run(experiment: Experiment, folder: Path, *, resume: bool, console: Console) -> int:
+    """Runs an experiment in a folder.
+
+    Args:
+      experiment: what to do.
+      folder: of the run; new, or with ``resume`` that of the run to go on with.
+      resume: go on from the newest intact checkpoint.
+      console: where to show progress.
+
+    Returns:
+      0, or 130 if Ctrl-C ended it.
+
+    Raises:
+      UserError: something that the user can put right.
+    """
+    use_compilation_cache()
+    clock = CompileClock()
+    config = to_json(experiment)
+    folder = directory.reopen(folder, config, MAY_CHANGE) if resume else directory.create(folder, config)
+    done = 0
+    with directory.locked(folder), RunProgress(experiment.federation.rounds, console) as progress:
+        record_environment(folder, resume)
+        try:
+            prepared = prepare(experiment, progress)
+            show_plan(prepared, progress, console)
+            state = None
+            if prepared.plan is not None:
+                validate = validation_of(prepared, prepared.plan)
+                loop = Loop(folder, resume, clock, validate, _fingerprint(prepared))
+                state = run_rounds(prepared, prepared.plan, loop, progress)
+                done = int(state.round)
+            summary = finish(prepared, state, folder, clock, progress)
+        except (Interrupted, KeyboardInterrupt) as stop:
+            done = stop.rounds if isinstance(stop, Interrupted) else done
+            kept = f"Everything up to round {done} is kept. " if done else "No round was finished. "
+            progress.say(f"Stopped. {kept}Go on with: {_resume_command()}")
+            return 130
+    console.print(results_table(summary))
+    console.print(f"Run folder: {os.path.relpath(folder)}   Report: {os.path.relpath(folder / 'report.html')}")
+    if summary["setting"] not in ("base", "local"):
+        console.print(
+            f'Ask it: python -m experiments.ask {os.path.relpath(folder)} "What is arrhythmia?"', markup=False
+        )
+    return 0
+
+
+def record_environment(folder: Path, resume: bool) -> None:
+    """Writes ``environment.json``; a resumed run adds to it."""
+    path, now = folder / "environment.json", environment.describe()
+    if resume and path.exists():
+        before = directory.read_json(path)
+        now = before | {"resumed": [*before.get("resumed", []), now]}
+    directory.write_json(path, now)
+
+
+def show_plan(prepared: Prepared, progress: RunProgress, console: Console) -> None:
+    """Prints what is going to happen: model, adapters, sites, rounds, bytes."""
+    experiment, base = prepared.experiment, prepared.base
+    trainable = low_rank.size(prepared.adapters)
+    rows: list[tuple[str, Any]] = [
+        ("setting", experiment.setting),
+        ("model", f"{base.name}, {base.size:,} parameters, {experiment.model.dtype}"),
+        ("adapters", f"rank {prepared.lora.rank} on {', '.join(prepared.lora.targets)}"),
+        ("trainable parameters", f"{trainable:,} ({trainable / base.size:.3%})"),
+        ("text", prepared.dataset.version),
+    ]
+    if prepared.plan is not None:
+        plan = prepared.plan
+        steps = f"{plan.local.local_epochs} epochs" if plan.local.local_epochs else f"{plan.local.local_steps} steps"
+        rows += [
+            ("rounds", plan.federation.rounds),
+            ("clients a round", f"{plan.cohort} of {len(plan.clients)}"),
+            ("local training", f"{steps} of {plan.local.batch_size} examples, {plan.local.optimizer.name}"),
+            ("microbatches", ", ".join(f"{shape.rows} x {shape.length} tokens" for shape in plan.shapes)),
+        ]
+        if experiment.setting == "federated":
+            rows.append(("one update on the wire", byte_size(low_rank.nbytes(prepared.adapters))))
+    console.print(settings_table(rows))
+    console.print(sites_table(site_counts(prepared)))
+    for name in ("truncated", "dropped"):
+        count = sum(getattr(report, name) for report in prepared.lengths.values())
+        if count:
+            progress.say(f"{count:,} training examples are longer than {experiment.data.max_length} tokens: {name}.")
+
+
+def site_counts(prepared: Prepared) -> dict[str, dict[str, int]]:
+    """Records by split, and training examples, of every site."""
+    examples = {name: len(found) for name, found in prepared.train}
+    return {
+        site.name: {
+            "train_records": len(site.train),
+            "train_examples": examples[site.name],
+            "validation_records": len(site.validation),
+            "test_records": len(site.test),
+        }
+        for site in prepared.sites
+    }
+
+
+def _fingerprint(prepared: Prepared) -> str:
+    """Tells whether a checkpoint belongs to this model and this text."""
+    facts: Mapping[str, Any] = {
+        "model": prepared.base.fingerprint,
+        "text": prepared.dataset.version,
+        "sites": site_counts(prepared),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _resume_command() -> str:
+    """The command line that goes on with this run."""
+    words = [word for word in sys.orig_argv[1:] if word != "--resume"]
+    return shlex.join(["python", *words, "--resume"])

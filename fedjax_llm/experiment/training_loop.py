@@ -1,0 +1,163 @@
+"""All rounds of a run, with metrics, checkpoints and a display; it can be killed at any instant and resumed."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from fedjax_llm import lora as low_rank
+from fedjax_llm.errors import UserError
+from fedjax_llm.experiment.compilation import CompileClock
+from fedjax_llm.experiment.prepare import Prepared
+from fedjax_llm.federation.communication import Exchange, exchange_of
+from fedjax_llm.federation.rounds import RoundPlan, RoundReport, initial_state, run_round
+from fedjax_llm.runs.checkpoints import Checkpoints
+from fedjax_llm.runs.metrics import MetricsLog
+from fedjax_llm.runs.progress import RunProgress
+from fedjax_llm.runs.tensorboard import Scalars
+from fedjax_llm.types import PyTree, RoundState
+
+Validate = Callable[[PyTree], dict[str, Any]]
+"""Adapters -> ``{"nll", "sites"}`` on validation records."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C: the run ended early, with a checkpoint of its last whole round."""
+
+    def __init__(self, rounds: int):
+        super().__init__(f"interrupted after round {rounds}")
+        self.rounds = rounds
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Where a run's rounds are kept.
+
+    Attributes:
+      folder: of the run.
+      resume: whether to go on from its newest checkpoint.
+      clock: of compilations.
+      validate: measures the adapters on validation records, or ``None``.
+      fingerprint: of the model and the text; a checkpoint of others is refused.
+    """
+
+    folder: Path
+    resume: bool
+    clock: CompileClock
+    validate: Validate | None
+    fingerprint: str
+
+
+def run_rounds(prepared: Prepared, plan: RoundPlan, loop: Loop, progress: RunProgress) -> RoundState:
+    """Runs what is left of the rounds.
+
+    Returns:
+      The last state; or, where the experiment selects the best, that of the lowest validation loss.
+
+    Raises:
+      Interrupted: after Ctrl-C.
+      UserError: no client came back finite, or the disk is full; the last good checkpoint stays.
+    """
+    output = prepared.experiment.output
+    state = initial_state(plan, prepared.adapters)
+    with Checkpoints(loop.folder / "checkpoints", output.keep_last, output.keep_best, progress.say) as checkpoints:
+        state = _restored(checkpoints, state, loop, progress)
+        done = int(state.round)
+        log = MetricsLog(loop.folder / "metrics.jsonl")
+        log.truncate_after(done)
+        exchange = exchange_of(plan.setting, low_rank.nbytes(prepared.adapters), _model_bytes(prepared))
+        with Scalars(loop.folder / "tensorboard", done + 1 if done else None) as scalars:
+            try:
+                while done < plan.federation.rounds:
+                    state, line = _one_round(prepared, plan, state, loop, exchange)
+                    log.append(line)  # before the checkpoint: a resumed run drops it or has it
+                    validation = line["validation"]
+                    extra = {"fingerprint": loop.fingerprint}
+                    checkpoints.save(line["round"], state, extra, validation["nll"] if validation else None)
+                    scalars.round(line)
+                    progress.round(line)
+                    done = line["round"]
+            except KeyboardInterrupt:
+                raise Interrupted(done) from None
+        if output.select == "best" and (best := checkpoints.restore_best(state)) is not None:
+            step, state, _ = best
+            progress.say(f"Taking the adapters of round {step}, which have the lowest validation loss.")
+    return state
+
+
+def _restored(checkpoints: Checkpoints, fresh: RoundState, loop: Loop, progress: RunProgress) -> RoundState:
+    """The newest intact state of a resumed run, else the fresh one."""
+    if not loop.resume:
+        return fresh
+    found = checkpoints.restore_latest(fresh)
+    if found is None:
+        progress.say("There is no checkpoint yet: beginning with the first round.")
+        return fresh
+    step, state, extra = found
+    if extra["fingerprint"] != loop.fingerprint:
+        raise UserError(
+            f"the model's weights or the text are not those that the run in {loop.folder} was started with; "
+            "restore them, or start a new run in another folder"
+        )
+    progress.say(f"Going on after round {step}.")
+    return state
+
+
+def _one_round(
+    prepared: Prepared, plan: RoundPlan, state: RoundState, loop: Loop, exchange: Exchange
+) -> tuple[RoundState, dict[str, Any]]:
+    """A round, its validation where one is due, and its line of metrics."""
+    began, compiled = time.perf_counter(), loop.clock.seconds
+    state, report = run_round(plan, prepared.base.params, state)
+    jax.block_until_ready(state.adapters)
+    spent, compiling = time.perf_counter() - began, loop.clock.seconds - compiled
+    number, every = int(state.round), prepared.experiment.evaluation.validation_every
+    due = loop.validate is not None and every and (number % every == 0 or number == plan.federation.rounds)
+    validation = loop.validate(state.adapters) if due and loop.validate else None
+    timing = {
+        "seconds": spent,
+        "compile_seconds": compiling,
+        "tokens_per_second": report.tokens / max(spent - compiling, 1e-9),
+    }
+    return state, metrics_line(number, report, exchange, validation) | {"timing": timing}
+
+
+def metrics_line(
+    number: int, report: RoundReport, exchange: Exchange, validation: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """A round's line of ``metrics.jsonl``, without its timing."""
+    included = [client for client in report.clients if client.included]
+    sites = {
+        client.name: {
+            "loss": client.loss,
+            "tokens": client.tokens,
+            "examples": client.examples,
+            "update_norm": client.update_norm,
+            "download_bytes": exchange.download,
+            "upload_bytes": exchange.upload,
+        }
+        for client in report.clients
+    }
+    return {
+        "round": number,
+        "loss": float(np.average([c.loss for c in included], weights=[c.examples for c in included])),
+        "cohort": [client.name for client in report.clients],
+        "excluded": [client.name for client in report.clients if not client.included],
+        "sites": sites,
+        "tokens": report.tokens,
+        "padded_tokens": report.padded_tokens,
+        "download_bytes": exchange.download * len(report.clients),
+        "upload_bytes": exchange.upload * len(report.clients),
+        "update_norm": report.update_norm,
+        "validation": validation,
+        "epsilon": None,
+    }
+
+
+def _model_bytes(prepared: Prepared) -> int:
+    """Bytes of one copy of the base model in its own type."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(prepared.base.params))
