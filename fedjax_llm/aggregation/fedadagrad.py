@@ -1,4 +1,7 @@
-"""FedAdagrad (Reddi et al. 2021, arXiv 2003.00295, Algorithm 2): Adagrad at the server."""
+"""FedAdagrad (Reddi et al. 2021, arXiv 2003.00295, Algorithm 2): Adagrad at the server.
+
+The step is divided by ``sqrt(tau^2 + the sum of squares)``; the paper's algorithm adds tau once more outside the root.
+"""
 
 from dataclasses import dataclass
 
@@ -14,7 +17,7 @@ class FedAdagrad:
 
     Attributes:
       server_lr: eta, learning rate of the server.
-      tau: the degree of adaptivity; the accumulator starts at its square.
+      tau: the degree of adaptivity; the sum of squares starts at its square.
     """
 
     server_lr: float = 1e-2
@@ -23,4 +26,4 @@ class FedAdagrad:
     def make(self) -> Aggregation:
         """The algorithm as pure functions of a ``Sum``."""
         check_positive(server_lr=self.server_lr, tau=self.tau)
-        return from_optax(optax.adagrad(self.server_lr, initial_accumulator_value=self.tau**2, eps=self.tau))
+        return from_optax(optax.adagrad(self.server_lr, initial_accumulator_value=self.tau**2, eps=0.0))

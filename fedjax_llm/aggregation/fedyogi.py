@@ -1,6 +1,7 @@
 """FedYogi (Reddi et al. 2021, arXiv 2003.00295, Algorithm 2): Yogi (Zaheer et al. 2018) at the server.
 
-The optax optimiser corrects the bias of its moments, which the paper's algorithm does not.
+The optax optimiser corrects the bias of its moments, which the paper's algorithm does not. Both moments start at zero:
+``optax.yogi`` starts the first one at 1e-6, which moves the adapters even where no client has changed them.
 """
 
 from dataclasses import dataclass
@@ -31,4 +32,5 @@ class FedYogi:
         """The algorithm as pure functions of a ``Sum``."""
         check_positive(server_lr=self.server_lr, tau=self.tau)
         check_share(b1=self.b1, b2=self.b2)
-        return from_optax(optax.yogi(self.server_lr, b1=self.b1, b2=self.b2, eps=self.tau))
+        scale = optax.scale_by_yogi(b1=self.b1, b2=self.b2, eps=self.tau, initial_accumulator_value=0.0)
+        return from_optax(optax.chain(scale, optax.scale_by_learning_rate(self.server_lr)))

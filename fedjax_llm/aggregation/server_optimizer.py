@@ -4,6 +4,8 @@ Reddi et al. 2021, "Adaptive federated optimization" (arXiv 2003.00295), Algorit
 pseudo-gradient of the server.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -35,14 +37,14 @@ def from_optax(transform: optax.GradientTransformation) -> Aggregation:
 
 
 def check_positive(**values: float) -> None:
-    """Refuses hyper-parameters that must be positive, by name.
+    """Refuses hyper-parameters that must be positive and finite, by name.
 
     Raises:
       UserError: naming the one that is not.
     """
     for name, value in values.items():
-        if not value > 0:
-            raise UserError(f"aggregation.{name} is {value}; it must be positive")
+        if not 0 < value < math.inf:
+            raise UserError(f"aggregation.{name} is {value}; it must be positive and finite")
 
 
 def check_share(**values: float) -> None:

@@ -52,8 +52,10 @@ def clients_of(setting: Setting, sites: Sequence[tuple[str, tuple[EncodedExample
 def local_training_of(setting: Setting, local: LocalTraining, cohort: int) -> LocalTraining:
     """Local training that spends as many examples a round in every setting.
 
-    The one client of the setting centralised does the steps of the whole cohort, one after another. Where a client is
-    the same in every round, its optimiser lasts over the rounds unless the experiment says otherwise.
+    The one client of the setting centralised does the steps of the whole cohort, one after another. With
+    ``local_epochs`` it passes over the examples of all sites, which are as many only where every site takes part in
+    every round. Where a client is the same in every round, its optimiser lasts over the rounds unless the experiment
+    says otherwise.
     """
     if local.keep_optimizer == "auto":
         local = replace(local, keep_optimizer="no" if setting == "federated" else "yes")

@@ -158,11 +158,13 @@ def run_round(plan: RoundPlan, params: Params, state: RoundState) -> tuple[Round
     number = int(state.round) + 1
     cohort = sample_cohort(round_key(plan.key, number, "cohort"), len(plan.clients), plan.cohort)
     slots = min(plan.execution.clients_per_chunk, len(cohort))
-    view, chunks, adapters, client_state = None, [], state.adapters, state.client_state
+    view, adapters, client_state = None, state.adapters, state.client_state
+    reports: list[ClientReport] = []
+    padded_tokens = 0
     for first in range(0, len(cohort), slots):
         members = cohort[first : first + slots]
         # Slots that stay empty point past the end: reading clamps, writing drops.
-        index = np.concatenate([members, np.full(slots - len(members), len(plan.clients))])
+        index = jnp.asarray(np.concatenate([members, np.full(slots - len(members), len(plan.clients))]))
         chunk = _run_chunk(plan, params, state, [plan.clients[i] for i in members], index, number)
         if plan.setting == "local":
             adapters = trees.put(adapters, index, chunk.adapters)
@@ -170,8 +172,8 @@ def run_round(plan: RoundPlan, params: Params, state: RoundState) -> tuple[Round
             view = _join(view, plan.aggregation.view, chunk)
         if client_state:
             client_state = client_state | {"optimizer": trees.put(client_state["optimizer"], index, chunk.optimizer)}
-        chunks.append(chunk)
-    reports = tuple(report for chunk in chunks for report in chunk.reports)
+        reports.extend(chunk.reports)
+        padded_tokens += chunk.padded_tokens
     if not any(report.included for report in reports):
         raise UserError(
             f"round {number}: not one client came back with a finite update (losses: "
@@ -182,15 +184,15 @@ def run_round(plan: RoundPlan, params: Params, state: RoundState) -> tuple[Round
     if view is not None:
         adapters, server_state = _aggregate(plan.aggregation.update, view, state.server_state, state.adapters)
     return RoundState(jnp.int32(number), adapters, server_state, client_state), RoundReport(
-        clients=reports,
+        clients=tuple(reports),
         tokens=sum(report.tokens for report in reports),
-        padded_tokens=sum(chunk.padded_tokens for chunk in chunks),
+        padded_tokens=padded_tokens,
         update_norm=_distance(adapters, state.adapters),
     )
 
 
 def _run_chunk(
-    plan: RoundPlan, params: Params, state: RoundState, clients: Sequence[Client], index: np.ndarray, number: int
+    plan: RoundPlan, params: Params, state: RoundState, clients: Sequence[Client], index: Array, number: int
 ) -> _Chunk:
     """Local training of a chunk of the cohort."""
     local, slots = plan.local, len(index)
@@ -277,9 +279,8 @@ _aggregate = jax.jit(lambda update, view, state, adapters: update(view, state, a
 
 @jax.jit
 def _squared_distance(one: PyTree, other: PyTree) -> Array:
-    return sum(
-        jnp.sum(jnp.square(a.astype(jnp.float32) - b)) for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True)
-    )
+    squares = jax.tree.map(lambda a, b: jnp.sum(jnp.square(a.astype(jnp.float32) - b)), one, other)
+    return jnp.sum(jnp.stack(jax.tree.leaves(squares)))
 
 
 def _distance(one: PyTree, other: PyTree) -> float:

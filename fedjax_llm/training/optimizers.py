@@ -10,6 +10,9 @@ import optax
 
 from fedjax_llm.errors import UserError, nearest
 
+_UNFIT = ("lbfgs", "noisy_sgd")
+"""Optimisers that need more than a gradient: a line search over the loss, and a random key."""
+
 
 @dataclass(frozen=True)
 class Optimizer:
@@ -45,10 +48,10 @@ class Optimizer:
 
 
 def optimizer_names() -> list[str]:
-    """The optimisers of optax: its public functions that take a learning rate first."""
+    """The optimisers of optax that need a gradient alone: its public functions that take a learning rate first."""
     names = []
     for name, value in vars(optax).items():
-        if inspect.isfunction(value) and not name.startswith(("_", "scale", "make")):
+        if inspect.isfunction(value) and name not in _UNFIT and not name.startswith(("_", "scale", "make")):
             parameters = list(inspect.signature(value).parameters)
             if parameters and parameters[0] == "learning_rate":
                 names.append(name)
@@ -62,7 +65,7 @@ class Schedule:
     Attributes:
       shape: of the decay after the warm-up.
       warmup: share of the steps in which the factor rises to 1.
-      end: the factor at the last step.
+      end: the factor that the decay heads for; it is reached after the last step, so that no step is lost at zero.
     """
 
     shape: Literal["constant", "linear", "cosine"] = "constant"
@@ -83,7 +86,6 @@ class Schedule:
             return (step + 1) / warm
         if self.shape == "constant":
             return 1.0
-        done = (step - warm) / max(steps - 1 - warm, 1)
-        done = min(max(done, 0.0), 1.0)
+        done = max((step - warm) / (steps - warm), 0.0)
         left = 1 - done if self.shape == "linear" else 0.5 * (1 + math.cos(math.pi * done))
         return self.end + (1 - self.end) * left
