@@ -26,8 +26,10 @@ _KEY = "key:"  # dtype of a typed PRNG key in the manifest: "key:threefry2x32", 
 class Checkpoints:
     """The checkpoints in one folder, as a context manager: leaving it waits for the last save.
 
+    One process at a time may open the folder (``directory.locked``): opening removes what looks like a killed save.
+
     Args:
-      folder: made if absent; what a killed save left there is removed.
+      folder: made if absent.
       keep_last: how many of the newest to keep, at least 1. While a save runs there is one more.
       keep_best: how many of those with the lowest metric to keep besides.
       warn: is told about damaged checkpoints.

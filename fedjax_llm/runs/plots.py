@@ -83,9 +83,9 @@ def site_sizes(sites: Mapping[str, Mapping[str, int]]) -> str:
     with _styled():
         figure, axes = _rows(names)
         places = np.arange(len(names))
-        axes.barh(places, train, height=0.55, color=_TUNED, label="training")
+        axes.barh(places, train, height=0.55, color=_BASE, label="training")
         if held.any():
-            axes.barh(places, held, height=0.55, left=train, color=_BASE, label="held out")
+            axes.barh(places, held, height=0.55, left=train, color=_INK, label="held out")
             _legend_above(axes)
         for place, total in zip(places, train + held, strict=True):
             axes.annotate(f"{total:,}", (total, place), (4, 0), textcoords="offset points", va="center", size=10)
@@ -151,7 +151,7 @@ def differences(paired: Mapping[str, Mapping[str, float]]) -> str:
         values = [[paired[name][end] for name in names] for end in ("difference", "low", "high")]
         axes.axvline(0, color=_INK, linewidth=1)
         _dots(axes, values, _TUNED, "", 0.0)
-        axes.set_xlabel("tuned minus base (nats per answer token); left of zero is better")
+        axes.set_xlabel("tuned minus base (nats per answer token)")
         return _svg(figure, f"Paired difference of held-out loss with 95% intervals for each of {len(names)} sites")
 
 
@@ -202,7 +202,7 @@ def _name_lines(axes: Axes, ends: Sequence[tuple[float, str]]) -> None:
     places = [place - max(0.0, places[-1] - high) for place in places]
     for place, (_, name) in zip(places, ends, strict=True):
         axes.annotate(
-            _short(name, 18), (1.01, place), xycoords=("axes fraction", "data"), va="center", size=9.5, color=_MUTED
+            _short(name, 20), (1.01, place), xycoords=("axes fraction", "data"), va="center", size=9.5, color=_MUTED
         )
 
 
@@ -214,8 +214,9 @@ def _columns(points: Sequence[tuple[int, float]], most: int = 300) -> tuple[list
 
 
 def _short(name: str, most: int = 26) -> str:
-    """A name that fits beside a figure."""
-    return name if len(name) <= most else name[: most - 1] + "…"
+    """A name that fits beside a figure: names tend to differ at the end, so the middle goes."""
+    head = most // 3
+    return name if len(name) <= most else name[:head].rstrip() + "…" + name[head + 1 - most :].lstrip()
 
 
 def _svg(figure: Figure, description: str) -> str:

@@ -169,8 +169,8 @@ def with_interval(figures: Mapping[str, Any], measure: str) -> str:
     values = [figures.get(f"{measure}{end}") for end in ("", "_low", "_high")]
     if values[0] is None:
         return "-"
-    show = percent if measure.endswith("accuracy") else (lambda value: _number(value, 3))
-    point, low, high = (show(value) for value in values)
+    digits = 2 if measure == "perplexity" else 3
+    point, low, high = (percent(v) if measure.endswith("accuracy") else _number(v, digits) for v in values)
     return point if low == "-" else f"{point} [{low}, {high}]"
 
 

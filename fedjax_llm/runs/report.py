@@ -88,6 +88,7 @@ def _content(run: Mapping[str, Any]) -> dict[str, Any]:
         "base": results["base"],
         "final": final,
         "change": macro_paired_difference(*pair) if pair else None,
+        "compared": len(paired),
         "better": sum(site["high"] < 0 for site in paired.values()),
         "worse": sum(site["low"] > 0 for site in paired.values()),
         "results": _results(results["base"], final),

@@ -164,6 +164,17 @@ def test_a_damaged_newest_falls_back_to_the_one_before_and_says_so(three, damage
     assert Checkpoints(three).steps() == [2, 3], "the damaged one does not count among the newest"
 
 
+def test_what_a_killed_save_left_is_removed(three):
+    left = three / "4.orbax-checkpoint-tmp"
+    shutil.copytree(three / "3", left)
+    shutil.rmtree(left / "state" / "d")
+    said = []
+    with Checkpoints(three, warn=said.append) as checkpoints:
+        assert checkpoints.restore_latest(state_at(0))[0] == 3
+    assert not left.exists()
+    assert said == [], "a save that was cut off is nothing lost"
+
+
 def test_none_intact_is_an_error_now_and_later(three):
     for step in (1, 2, 3):
         DAMAGE["data flipped"](three / str(step))

@@ -154,7 +154,7 @@ def test_the_page_holds_sites_figures_generations_and_how_it_was_made(page):
     for part in (
         "no differential privacy in this run", "hp/releases/2025-01-16", "0123456789ab with uncommitted changes",
         "python -m experiments.run", "overlap", "A Processor", "What is item 3?", '"rank": 8', "192,000 tokens",
-        "better than chance explains at 6 of 6 sites", "The sites sent 250 MB", "292 times as much",
+        "an improvement beyond chance at 6 of 6 sites", "The sites sent 250 MB", "292 times as much",
     ):  # fmt: skip
         assert part in words, part
 
@@ -203,7 +203,7 @@ def test_the_base_model_alone_has_a_report(tmp_path):
 
 def test_many_sites_and_rounds_stay_small(tmp_path):
     sites = {f"clinic {place}": 1000 - place for place in range(120)}
-    path = report.write_report(make_run(tmp_path / "run", sites=sites, rounds=400))
+    path = report.write_report(make_run(tmp_path / "run", sites=sites, rounds=320))
     text = path.read_text("utf-8")
     assert path.stat().st_size < 2_000_000
     assert "The 40 largest of 120 sites" in text
