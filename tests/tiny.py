@@ -16,6 +16,7 @@ from fedjax_llm.lora import Lora
 from fedjax_llm.models import llama
 from fedjax_llm.models.causal_lm import CausalLM
 from fedjax_llm.models.llama import LlamaConfig, rotary_frequencies
+from fedjax_llm.models.loading import BaseModel
 from fedjax_llm.models.tokenizer import Tokenizer, from_gguf_fields
 from fedjax_llm.types import Adapters, Params
 
@@ -84,6 +85,14 @@ def tiny_tokenizer() -> Tokenizer:
     return from_gguf_fields(
         {f"tokenizer.ggml.{name}": value for name, value in fields.items()} | {"tokenizer.chat_template": template}
     )
+
+
+@cache
+def tiny_base(**overrides: Any) -> BaseModel:
+    """A tiny model with its tokenizer, as ``loading.load`` gives one; ``overrides`` as for :func:`tiny_model`."""
+    tokenizer = tiny_tokenizer()
+    model, params = tiny_model(vocab_size=tokenizer.vocab_size, **overrides)
+    return BaseModel(model, params, tokenizer, "tiny", "0" * 64, sum(leaf.size for leaf in jax.tree.leaves(params)))
 
 
 def tiny_folder(folder: Path, seed: int = 0) -> Path:

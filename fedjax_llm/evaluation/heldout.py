@@ -1,6 +1,6 @@
 """Held-out answers: how likely a model finds them, token by token, forward only."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from fedjax_llm import lora
-from fedjax_llm.data.packing import Microbatch, Shape, pack
+from fedjax_llm.data.packing import Shape, pack
 from fedjax_llm.data.records import EncodedExample
 from fedjax_llm.models.causal_lm import CausalLM
 from fedjax_llm.types import Adapters, Params
@@ -57,7 +57,8 @@ def score(
     totals = Scores(np.zeros(len(examples)), np.zeros(len(examples), np.int64), np.zeros(len(examples), np.int64))
     for batch in pack([[examples]] if examples else [], shapes, clients=1):
         used = batch.target_weight > 0
-        nll, correct = slots(model, scaling, params, adapters, batch.tokens, None, None, *targets(batch))
+        predicted = (batch.target_row, batch.target_position, batch.target_token)
+        nll, correct = slots(model, scaling, params, adapters, batch.tokens, None, None, *predicted)
         example = batch.index[batch.target_row[used]]
         np.add.at(totals.nll, example, np.asarray(nll, np.float64)[used])
         np.add.at(totals.correct, example, np.asarray(correct)[used])
@@ -74,16 +75,6 @@ def by_record(examples: Sequence[EncodedExample], scores: Scores) -> tuple[list[
     for total, column in zip(sums, scores, strict=True):
         np.add.at(total, record, column)
     return list(place), Scores(*sums)
-
-
-def per_token(results: Mapping[str, Scores]) -> dict[str, float]:
-    """By site: nats per answer token, weighted by tokens."""
-    return {site: float(scores.nll.sum() / scores.tokens.sum()) for site, scores in results.items()}
-
-
-def targets(batch: Microbatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The target slots as :func:`slots` takes them: row, position that predicts, token, [K] each."""
-    return batch.target_row, batch.target_position, batch.target_token
 
 
 @partial(jax.jit, static_argnums=0)

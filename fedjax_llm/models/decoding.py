@@ -161,7 +161,7 @@ def pieces(ids: Iterable[int], decode: Callable[[list[int]], str]) -> Iterator[s
 def _stream(model, params, adapters, prompt, limit, max_new_tokens, end_ids, sampler) -> Iterator[int]:
     """The loop of :func:`stream`, as a generator of its own so that the checks before it are not put off."""
     tokens, padding = _left_padded([prompt], 0)
-    cache, at = _empty_cache(model, params, *tokens.shape, max_new_tokens), 0
+    cache, at = _empty_cache(model, params, 1, tokens.shape[1], max_new_tokens), 0
     for step in range(limit):
         made, cache = _step(model, cache, params, adapters, tokens, np.int32(at), padding, sampler, np.int32(step))
         token = int(made[0])
