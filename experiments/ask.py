@@ -1,0 +1,148 @@
+"""Asks the tuned model of a run: ``python -m experiments.ask RUN "What is arrhythmia?"``."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import tyro
+
+from fedjax_llm import lora, peft
+from fedjax_llm.data.chat import encode_prompt
+from fedjax_llm.data.records import Message
+from fedjax_llm.errors import UserError
+from fedjax_llm.experiment.compilation import use_compilation_cache
+from fedjax_llm.models.decoding import Greedy, Nucleus, Sampler, pieces, stream
+from fedjax_llm.models.loading import BaseModel, load
+from fedjax_llm.runs import directory
+from fedjax_llm.types import Adapters
+
+
+@dataclass(frozen=True, eq=False)
+class TunedModel:
+    """The model of a run.
+
+    Attributes:
+      base: the frozen model.
+      adapters: scaled factors.
+      system: the system message that it was trained with, or ``None``.
+    """
+
+    base: BaseModel
+    adapters: Adapters
+    system: str | None
+
+
+def open_run(run: Path) -> TunedModel:
+    """Loads the model and the adapter of a run folder.
+
+    Raises:
+      UserError: the folder is no run, has no adapter, or its model cannot be loaded.
+    """
+    if not (run / directory.CONFIG).is_file():
+        raise UserError(f"{run} is not the folder of a run (it has no {directory.CONFIG}); experiments.run makes one")
+    config = directory.read_json(run / directory.CONFIG)
+    if not (run / "adapter").is_dir():
+        raise UserError(_why_no_adapter(run, config.get("setting")))
+    try:
+        name, dtype, system = config["model"]["name"], config["model"]["dtype"], config["data"]["system"]
+    except (KeyError, TypeError) as missing:
+        raise UserError(f"{run / directory.CONFIG} is not the configuration of a run: {missing} is missing") from None
+    base = load(name, dtype)
+    kind, adapters = peft.read_adapter_for(run / "adapter", base.model)
+    return TunedModel(base, lora.scaled(adapters, kind.scaling), system)
+
+
+def _why_no_adapter(run: Path, setting: str | None) -> str:
+    """What to tell of a run without an adapter."""
+    if setting == "base":
+        return f"{run} evaluated the base model alone (--setting=base): it has no adapter to ask"
+    if setting == "local":
+        return f"{run} trained every site for itself (--setting=local): it has no adapter of all sites to ask"
+    return f"{run} has no adapter yet; it is written when the run ends: let it end, or go on with --resume"
+
+
+def answer(
+    tuned: TunedModel, adapters: Adapters, question: str, max_new_tokens: int, sampler: Sampler
+) -> Iterator[str]:
+    """The answer, piece by piece as it is made.
+
+    Args:
+      tuned: the model.
+      adapters: its own, or ``{}`` for the base model.
+      question: of the user.
+      max_new_tokens: at most.
+      sampler: chooses the tokens.
+    """
+    system = [Message("system", tuned.system)] if tuned.system is not None else []
+    tokenizer = tuned.base.tokenizer
+    prompt = encode_prompt([*system, Message("user", question)], tokenizer)
+    tokens = stream(
+        tuned.base.model,
+        tuned.base.params,
+        adapters,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        end_ids=tokenizer.end_ids,
+        sampler=sampler,
+    )
+    return pieces(tokens, tokenizer.decode)
+
+
+def main(
+    run: Annotated[Path, tyro.conf.Positional],
+    question: Annotated[str | None, tyro.conf.Positional] = None,
+    base: bool = False,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> None:
+    """Answers a question with the tuned model of a run; without a question, asks for one after the other.
+
+    Args:
+      run: the folder of a run.
+      question: what to ask.
+      base: also show what the base model answers.
+      max_new_tokens: of an answer, at most.
+      temperature: of sampling; 0 takes the most likely token each time.
+      top_p: sample from the likeliest tokens that together have this probability.
+      seed: of sampling.
+    """
+    sampler = Nucleus(jax.random.key(seed), temperature, top_p) if temperature else Greedy()
+    use_compilation_cache()
+    tuned = open_run(run)
+    voices = {"tuned": tuned.adapters, "base": {}} if base else {"tuned": tuned.adapters}
+    for asked in _questions() if question is None else [question]:
+        for name, adapters in voices.items():
+            if base:
+                print(f"{name}: ", end="", flush=True)
+            for piece in answer(tuned, adapters, asked, max_new_tokens, sampler):
+                print(piece, end="", flush=True)
+            print()
+
+
+def _questions() -> Iterator[str]:
+    """Lines that the user types, until an empty one or the end of the input."""
+    print("Each question stands for itself. An empty line ends.", file=sys.stderr)
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return
+        if not line:
+            return
+        yield line
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print()
+        sys.exit(130)
