@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from fedjax_llm.runs.compare import compare, render
 from rich.console import Console
 
 from fedjax_llm.errors import UserError
+from fedjax_llm.runs.compare import compare, render
 
 
 def show(runs: Annotated[tuple[Path, ...], tyro.conf.Positional]) -> None:

@@ -202,7 +202,7 @@ def _check_type(value: Any, kind: Any, place: str) -> None:
         wrong = not isinstance(value, kind) or (kind is int and isinstance(value, bool))
         if wrong and not numeric:
             raise UserError(f"{place} is {value!r}, a {type(value).__name__}; it must be of type {kind.__name__}")
-        if kind is float and not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{place} is {value}; it must be a finite number")
 
 

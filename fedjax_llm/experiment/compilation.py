@@ -18,14 +18,15 @@ class CompileClock:
         self.seconds = 0.0
         jax.monitoring.register_event_duration_secs_listener(self._add)
 
-    def _add(self, event: str, duration: float, **_: str | int | float) -> None:
+    def _add(self, event: str, duration_secs: float, **_: str | int | float) -> None:
         """Called by jax."""
         if event in _EVENTS:
-            self.seconds += duration
+            self.seconds += duration_secs
 
 
 def use_compilation_cache() -> None:
     """Keeps compiled programs in the cache folder, unless the user has chosen another place (or none)."""
-    if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
+    chosen = jax.config.read("jax_compilation_cache_dir")
+    if chosen is None and jax.config.read("jax_enable_compilation_cache"):
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from fedjax_llm.data.partition import partitioned
 from fedjax_llm.data.records import Dataset, EncodedExample
 from fedjax_llm.data.splits import SplitSite, split_site
 from fedjax_llm.errors import UserError
+from fedjax_llm.evaluation.evaluate import HeldOut, hold_out
 from fedjax_llm.federation.clients import clients_of, local_training_of
 from fedjax_llm.federation.rounds import RoundPlan
 from fedjax_llm.lora import Lora
@@ -38,6 +40,7 @@ class Prepared:
       sites: split into training, validation and test records.
       train: the sites' training examples as tokens.
       lengths: what was kept, truncated and dropped, by site.
+      held_out: what is evaluated.
       plan: the rounds; ``None`` in the setting base.
     """
 
@@ -49,6 +52,7 @@ class Prepared:
     sites: tuple[SplitSite, ...]
     train: tuple[tuple[str, tuple[EncodedExample, ...]], ...]
     lengths: dict[str, LengthReport]
+    held_out: HeldOut
     plan: RoundPlan | None
 
 
@@ -58,8 +62,9 @@ def prepare(experiment: Experiment, progress: RunProgress) -> Prepared:
     Raises:
       UserError: whatever cannot work is found here, before any training.
     """
-    experiment.training.optimizer.make()  # a wrong name is told before the downloads
-    aggregation = experiment.aggregation.make()
+    # What is wrong with these is told before the downloads.
+    experiment.training.optimizer.make()
+    experiment.aggregation.make()
     with progress.phase(f"Loading the model {experiment.model.name}"):
         base = load(experiment.model.name, experiment.model.dtype)
         base = replace(base, model=replace(base.model, remat=experiment.execution.remat))
@@ -70,42 +75,60 @@ def prepare(experiment: Experiment, progress: RunProgress) -> Prepared:
         dataset = load_dataset(experiment)
     sites = split_sites(experiment, dataset)
     train, lengths = _encode(experiment, base, sites, progress)
-    plan = None
-    if experiment.setting != "base":
-        cohort = _cohort(experiment, len(sites))
-        clients = clients_of(experiment.setting, train)
-        local = local_training_of(experiment.setting, experiment.training, cohort)
-        trainer = Trainer(
+    held_out = hold_out(
+        experiment.evaluation,
+        dataset,
+        sites,
+        base,
+        encode(experiment, base),
+        system=experiment.data.system,
+        seed=experiment.seed,
+        tokens_per_microbatch=experiment.execution.tokens_per_microbatch,
+        buckets=experiment.execution.evaluation_buckets,
+    )
+    plan = None if experiment.setting == "base" else _plan(experiment, base, lora, train, run_key)
+    return Prepared(experiment, base, lora, adapters, dataset, sites, train, lengths, held_out, plan)
+
+
+def _plan(
+    experiment: Experiment,
+    base: BaseModel,
+    lora: Lora,
+    train: tuple[tuple[str, tuple[EncodedExample, ...]], ...],
+    key: jax.Array,
+) -> RoundPlan:
+    """The rounds of an experiment."""
+    cohort = _cohort(experiment, len(train))
+    clients = clients_of(experiment.setting, train)
+    local = local_training_of(experiment.setting, experiment.training, cohort)
+    return RoundPlan(
+        setting=experiment.setting,
+        trainer=Trainer(
             model=replace(base.model, dropout=lora.dropout),
             scaling=lora.scaling,
             optimizer=local.optimizer.make(),
             proximal=local.proximal,
-        )
-        execution = experiment.execution
-        plan = RoundPlan(
-            setting=experiment.setting,
-            trainer=trainer,
-            aggregation=aggregation,
-            federation=experiment.federation,
-            local=local,
-            execution=execution,
-            shapes=choose_shapes(
-                [example for client in clients for example in client.examples],
-                tokens_per_microbatch=execution.tokens_per_microbatch,
-                buckets=execution.buckets,
-            ),
-            clients=clients,
-            cohort=1 if experiment.setting == "centralised" else cohort,
-            key=run_key,
-        )
-    return Prepared(experiment, base, lora, adapters, dataset, sites, train, lengths, plan)
+        ),
+        aggregation=experiment.aggregation.make(),
+        federation=experiment.federation,
+        local=local,
+        execution=experiment.execution,
+        shapes=choose_shapes(
+            [example for client in clients for example in client.examples],
+            tokens_per_microbatch=experiment.execution.tokens_per_microbatch,
+            buckets=experiment.execution.buckets,
+        ),
+        clients=clients,
+        cohort=1 if experiment.setting == "centralised" else cohort,
+        key=key,
+    )
 
 
 def _adapters(experiment: Experiment, base: BaseModel, key: jax.Array) -> tuple[Lora, Adapters]:
     """Fresh adapters, or those of ``start_from`` with their own rank, alpha and targets."""
     if experiment.start_from is None:
         return experiment.lora, low_rank.init(key, experiment.lora, base.model)
-    lora, adapters = peft.read_adapter_for(experiment.start_from, base.model)
+    lora, adapters = peft.read_adapter_for(Path(experiment.start_from), base.model)
     return replace(lora, dropout=experiment.lora.dropout), adapters
 
 

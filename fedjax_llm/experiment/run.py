@@ -14,7 +14,7 @@ from rich.console import Console
 from fedjax_llm import lora as low_rank
 from fedjax_llm.config import MAY_CHANGE, Experiment, to_json
 from fedjax_llm.experiment.compilation import CompileClock, use_compilation_cache
-from fedjax_llm.experiment.finish import finish, validation_of
+from fedjax_llm.experiment.finish import finish, site_counts, validation_of
 from fedjax_llm.experiment.prepare import Prepared, prepare
 from fedjax_llm.experiment.training_loop import Interrupted, Loop, run_rounds
 from fedjax_llm.runs import directory, environment
@@ -52,7 +52,7 @@ def run(experiment: Experiment, folder: Path, *, resume: bool, console: Console)
                 loop = Loop(folder, resume, clock, validate, _fingerprint(prepared))
                 state = run_rounds(prepared, prepared.plan, loop, progress)
                 done = int(state.round)
-            summary = finish(prepared, state, folder, clock, progress)
+            summary = finish(prepared, state, folder, progress)
         except (Interrupted, KeyboardInterrupt) as stop:
             done = stop.rounds if isinstance(stop, Interrupted) else done
             kept = f"Everything up to round {done} is kept. " if done else "No round was finished. "
@@ -104,20 +104,6 @@ def show_plan(prepared: Prepared, progress: RunProgress, console: Console) -> No
         count = sum(getattr(report, name) for report in prepared.lengths.values())
         if count:
             progress.say(f"{count:,} training examples are longer than {experiment.data.max_length} tokens: {name}.")
-
-
-def site_counts(prepared: Prepared) -> dict[str, dict[str, int]]:
-    """Records by split, and training examples, of every site."""
-    examples = {name: len(found) for name, found in prepared.train}
-    return {
-        site.name: {
-            "train_records": len(site.train),
-            "train_examples": examples[site.name],
-            "validation_records": len(site.validation),
-            "test_records": len(site.test),
-        }
-        for site in prepared.sites
-    }
 
 
 def _fingerprint(prepared: Prepared) -> str:

@@ -21,6 +21,8 @@ from fedjax_llm.runs.progress import RunProgress
 from fedjax_llm.runs.tensorboard import Scalars
 from fedjax_llm.types import PyTree, RoundState
 
+TIMING = ("train_seconds", "tokens_per_second", "compile_seconds", "peak_rss_bytes")
+"""The keys of ``summary.json`` that depend on the machine and the moment."""
 Validate = Callable[[PyTree], dict[str, Any]]
 """Adapters -> ``{"nll", "sites"}`` on validation records."""
 
@@ -69,7 +71,7 @@ def run_rounds(prepared: Prepared, plan: RoundPlan, loop: Loop, progress: RunPro
         done = int(state.round)
         log = MetricsLog(loop.folder / "metrics.jsonl")
         log.truncate_after(done)
-        exchange = exchange_of(plan.setting, low_rank.nbytes(prepared.adapters), _model_bytes(prepared))
+        exchange = exchange_in(prepared)
         with Scalars(loop.folder / "tensorboard", done + 1 if done else None) as scalars:
             try:
                 while done < plan.federation.rounds:
@@ -158,6 +160,7 @@ def metrics_line(
     }
 
 
-def _model_bytes(prepared: Prepared) -> int:
-    """Bytes of one copy of the base model in its own type."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(prepared.base.params))
+def exchange_in(prepared: Prepared) -> Exchange:
+    """What a client exchanges in a round, and what one copy of the base model in its own type would take."""
+    model = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(prepared.base.params))
+    return exchange_of(prepared.experiment.setting, low_rank.nbytes(prepared.adapters), model)

@@ -198,7 +198,7 @@ def embed(config: LlamaConfig, params: Params, tokens: Array, positions: Array) 
 
 def finish(config: LlamaConfig, params: Params, x: Array) -> Array:
     """The final norm."""
-    return RMSNorm(config.epsilon).apply({"params": params["norm"]}, x)
+    return jnp.asarray(RMSNorm(config.epsilon).apply({"params": params["norm"]}, x))
 
 
 def logits(config: LlamaConfig, params: Params, hidden: Array) -> Array:

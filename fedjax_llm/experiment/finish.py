@@ -1,0 +1,171 @@
+"""After the rounds: evaluation of base and tuned, the adapter in PEFT's format, the summary, the report."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from fedjax_llm import lora as low_rank
+from fedjax_llm import peft
+from fedjax_llm.evaluation import evaluate, generation
+from fedjax_llm.evaluation.evaluate import HeldOut
+from fedjax_llm.experiment.prepare import Prepared
+from fedjax_llm.experiment.training_loop import TIMING, Validate, exchange_in
+from fedjax_llm.federation.communication import totals
+from fedjax_llm.federation.rounds import RoundPlan
+from fedjax_llm.runs import directory, environment, metrics
+from fedjax_llm.runs.progress import RunProgress
+from fedjax_llm.runs.report import write_report
+from fedjax_llm.runs.summary import macro_paired_difference, paired_difference, summarise_evaluation
+from fedjax_llm.types import Adapters, PyTree, RoundState
+
+Phase = AbstractContextManager[Callable[[int], None]]
+
+
+def validation_of(prepared: Prepared, plan: RoundPlan) -> Validate | None:
+    """How adapters are measured on validation records between rounds; ``None`` where there is no validation."""
+    held_out = prepared.held_out
+    if not held_out.validation:
+        return None
+
+    def validate(adapters: PyTree) -> dict[str, Any]:
+        by_site = adapters_of(plan, held_out, adapters)
+        return evaluate.validate(prepared.base, prepared.lora.scaling, by_site, held_out)
+
+    return validate
+
+
+def adapters_of(plan: RoundPlan, held_out: HeldOut, adapters: PyTree) -> dict[str, Adapters]:
+    """The adapters that each site uses: all the same, or in the setting local each its own."""
+    if plan.setting != "local":
+        return dict.fromkeys(held_out.test, adapters)
+    slots = {client.name: slot for slot, client in enumerate(plan.clients)}
+    return {site: jax.tree.map(lambda leaf, slot=slots[site]: leaf[slot], adapters) for site in held_out.test}
+
+
+def finish(prepared: Prepared, state: RoundState | None, folder: Path, progress: RunProgress) -> dict[str, Any]:
+    """Evaluates, and writes what a run leaves behind.
+
+    Args:
+      prepared: the run.
+      state: after the last round; ``None`` in the setting base.
+      folder: of the run.
+      progress: shows the phases.
+
+    Returns:
+      What ``summary.json`` holds.
+    """
+    evaluation = _evaluation(prepared, state, progress)
+    directory.write_json(folder / "evaluation.json", evaluation)
+    if state is not None:
+        export(prepared, state, folder)
+    summary = summarise(prepared, evaluation, folder)
+    directory.write_json(folder / "summary.json", summary)
+    with progress.phase("Writing the report"):
+        write_report(folder)
+    return summary
+
+
+def _evaluation(prepared: Prepared, state: RoundState | None, progress: RunProgress) -> dict[str, Any]:
+    """``evaluation.json``: base and tuned model on the same records, questions and prompts."""
+    base, scaling, held_out = prepared.base, prepared.lora.scaling, prepared.held_out
+    nothing: Adapters = {}
+    models = {"base": dict.fromkeys(held_out.test, nothing)}  # one object: all sites are scored in one pass
+    if state is not None and prepared.plan is not None:
+        models["final"] = adapters_of(prepared.plan, held_out, state.adapters)
+    found: dict[str, Any] = {}
+    answers: dict[str, list[str]] = {}
+    for name, adapters in models.items():
+        label = {"base": "base model", "final": "tuned model"}[name]
+
+        def phase(title: str, total: int | None = None, label: str = label) -> Phase:
+            return progress.phase(f"{title}, {label}", total)
+
+        found[name] = evaluate.evaluate_sites(base, scaling, adapters, held_out, phase)
+        if held_out.prompts:
+            longest = prepared.experiment.evaluation.max_new_tokens
+            with phase("Greedy answers"):
+                answers[name] = generation.answers(base, scaling, adapters, held_out.prompts, max_new_tokens=longest)
+    found.setdefault("final", found["base"])  # nothing was trained: the result is the base model
+    before = answers.get("base", [])
+    found["generations"] = generation.side_by_side(held_out.prompts, before, answers.get("final", before))
+    return found
+
+
+def export(prepared: Prepared, state: RoundState, folder: Path) -> None:
+    """Writes ``adapter/`` in PEFT's format; in the setting local, ``adapters/<site>/`` for every site."""
+    assert prepared.plan is not None
+    if prepared.plan.setting != "local":
+        peft.write_adapter(folder / "adapter", state.adapters, prepared.lora, prepared.base.name)
+        return
+    for slot, client in enumerate(prepared.plan.clients):
+        own = jax.tree.map(lambda leaf, slot=slot: leaf[slot], state.adapters)
+        peft.write_adapter(folder / "adapters" / client.name, own, prepared.lora, prepared.base.name)
+
+
+def summarise(prepared: Prepared, evaluation: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """``summary.json``. What is not in ``TIMING`` is a function of the configuration, bit for bit."""
+    experiment = prepared.experiment
+    seed, resamples = experiment.seed, experiment.evaluation.bootstrap_resamples
+    trainable = low_rank.size(prepared.adapters) if prepared.plan is not None else 0
+    figures = {name: summarise_evaluation(evaluation[name], seed, resamples) for name in ("base", "final")}
+    pair = (evaluation["base"], evaluation["final"], seed, resamples)
+    return {
+        "setting": experiment.setting,
+        "rounds": experiment.federation.rounds if prepared.plan is not None else 0,
+        "sites": site_counts(prepared),
+        "parameters": prepared.base.size,
+        "trainable_parameters": trainable,
+        "trainable_fraction": trainable / prepared.base.size,
+        **_training(prepared, folder),
+        "peak_rss_bytes": environment.peak_rss_bytes(),
+        **figures,
+        "difference": {"macro": macro_paired_difference(*pair), "sites": paired_difference(*pair)},
+        "data": {"version": prepared.dataset.version, "citation": prepared.dataset.citation},
+        "model": {"name": prepared.base.name, "fingerprint": prepared.base.fingerprint},
+        "privacy": "none: no differential privacy in this run",
+        "seed": experiment.seed,
+    }
+
+
+def _training(prepared: Prepared, folder: Path) -> dict[str, Any]:
+    """The figures of the rounds, from their metrics; a resumed run counts all its parts."""
+    log = folder / "metrics.jsonl"
+    lines = metrics.read(log) if prepared.plan is not None and log.exists() else []
+    seconds, compiling = (sum(line["timing"][name] for line in lines) for name in ("seconds", "compile_seconds"))
+    tokens = sum(line["tokens"] for line in lines)
+    exchanged = totals(
+        exchange_in(prepared),
+        rounds=len(lines),
+        client_rounds=sum(len(line["cohort"]) for line in lines),
+        bandwidth_mbps=prepared.experiment.output.bandwidth_mbps,
+    )
+    return {
+        "tokens_trained": tokens,
+        "padded_tokens": sum(line["padded_tokens"] for line in lines),
+        "train_seconds": seconds,
+        "tokens_per_second": tokens / (seconds - compiling) if seconds > compiling else 0.0,
+        "compile_seconds": compiling,
+        "excluded_updates": sum(len(line["excluded"]) for line in lines),
+        **exchanged,
+    }
+
+
+def site_counts(prepared: Prepared) -> dict[str, dict[str, int]]:
+    """Records by split, and training examples, of every site."""
+    examples = {name: len(found) for name, found in prepared.train}
+    return {
+        site.name: {
+            "train_records": len(site.train),
+            "train_examples": examples[site.name],
+            "held_out_records": len(site.validation) + len(site.test),
+        }
+        for site in prepared.sites
+    }
+
+
+def without_timing(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a summary that does not depend on how fast the machine was."""
+    return {key: value for key, value in summary.items() if key not in TIMING}
