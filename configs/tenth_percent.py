@@ -1,6 +1,8 @@
-"""The quickstart with adapters of a tenth of a percent: rank 2 on q and v are 115,200 of 134,515,008 parameters (0.086%).
+"""The quickstart with adapters of a tenth of a percent: rank 2 on q and v.
 
     python -m experiments.run --config=configs/tenth_percent.py
+
+Trains 115,200 of 134,515,008 parameters (0.086%); an update is 0.46 MB.
 """
 
 import dataclasses

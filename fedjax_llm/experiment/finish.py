@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from fedjax_llm import lora as low_rank
 from fedjax_llm import peft
@@ -71,8 +72,9 @@ def finish(prepared: Prepared, state: RoundState | None, folder: Path, progress:
 def _evaluation(prepared: Prepared, state: RoundState | None, progress: RunProgress) -> dict[str, Any]:
     """``evaluation.json``: base and tuned model on the same records, questions and prompts."""
     base, scaling, held_out = prepared.base, prepared.lora.scaling, prepared.held_out
-    nothing: Adapters = {}
-    models = {"base": dict.fromkeys(held_out.test, nothing)}  # one object: all sites are scored in one pass
+    # Adapters of zeros are exactly the base model, and need no programs of their own to be compiled.
+    nothing: Adapters = jax.tree.map(jnp.zeros_like, prepared.adapters)
+    models = {"base": dict.fromkeys(held_out.test, nothing)}
     if state is not None and prepared.plan is not None:
         models["final"] = adapters_of(prepared.plan, held_out, state.adapters)
     found: dict[str, Any] = {}

@@ -51,8 +51,8 @@ def rotary_frequencies(head_dim: int, base: float, scaling: Mapping[str, Any] | 
       head_dim: width of a head.
       base: ``rope_theta``.
       scaling: ``rope_scaling`` (or ``rope_parameters``) of the configuration; its ``rope_type`` is ``default``,
-        ``linear``, ``llama3`` (Llama 3.1 model card: low frequencies are divided by ``factor``, with a linear ramp between) or
-        ``factors`` (explicit divisors, as GGUF files carry them).
+        ``linear``, ``llama3`` (Llama 3.1 model card: low frequencies are divided by ``factor``, with a linear ramp
+        between) or ``factors`` (explicit divisors, as GGUF files carry them).
 
     Raises:
       UserError: another type of scaling.
