@@ -137,16 +137,22 @@ def run(
     return state
 
 
-@partial(jax.jit, static_argnums=0)
 def accumulate(trainer: Trainer, params: Params, state: LocalState, rows: Rows, client_keys: Array) -> LocalState:
     """Adds the gradients and the losses of a microbatch to its clients' sums."""
-    losses, gradients = example_gradients(trainer.model, trainer.scaling, params, state.adapters, rows, client_keys)
-    clients = state.loss.shape[0]
-    summed = trees.segment_sum(gradients, rows.client, clients)
-    return state._replace(
-        gradients=jax.tree.map(jnp.add, state.gradients, summed),
-        loss=state.loss + jax.ops.segment_sum(losses, rows.client, clients),
-    )
+    sums = (state.gradients, state.loss)
+    gradients, loss = _accumulate(trainer.model, trainer.scaling, params, state.adapters, sums, rows, client_keys)
+    return state._replace(gradients=gradients, loss=loss)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _accumulate(
+    model: CausalLM, scaling: float, params: Params, adapters: PyTree, sums: PyTree, rows: Rows, client_keys: Array
+) -> PyTree:
+    """The new sums of (gradients, losses). It knows no optimiser, so that another one compiles no new backward pass."""
+    losses, gradients = example_gradients(model, scaling, params, adapters, rows, client_keys)
+    clients = client_keys.shape[0]
+    summed = trees.segment_sum((gradients, losses), rows.client, clients)
+    return jax.tree.map(jnp.add, sums, summed)
 
 
 @partial(jax.jit, static_argnums=0)

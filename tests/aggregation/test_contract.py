@@ -1,0 +1,218 @@
+"""What every aggregation algorithm promises, whichever there are: each file of the room is walked."""
+
+import importlib
+import inspect
+import pkgutil
+from dataclasses import is_dataclass, replace
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import same
+
+from fedjax_llm import aggregation, trees
+from fedjax_llm.errors import UserError
+from fedjax_llm.types import Stack, Sum
+
+C = 4
+
+
+def algorithms() -> list[type]:
+    """Every dataclass with ``make`` that a file of the room defines."""
+    found = []
+    for info in pkgutil.iter_modules(aggregation.__path__, aggregation.__name__ + "."):
+        module = importlib.import_module(info.name)
+        found += [
+            value
+            for value in vars(module).values()
+            if inspect.isclass(value) and value.__module__ == module.__name__ and is_dataclass(value)
+            if hasattr(value, "make")
+        ]
+    return found
+
+
+every = pytest.mark.parametrize("algorithm", algorithms(), ids=lambda algorithm: algorithm.__name__)
+
+
+@cache
+def made(algorithm: type):
+    """The algorithm with its defaults, and its jitted update."""
+    aggregator = algorithm().make()
+    return aggregator, jax.jit(aggregator.update)
+
+
+def random_tree(seed: int, *leading: int):
+    rng = np.random.default_rng(seed)
+    shapes = {"q": {"a": (5, 2), "b": (2, 3)}, "v": {"a": (5, 2), "b": (2, 4)}}
+    return jax.tree.map(
+        lambda shape: jnp.asarray(rng.normal(size=(*leading, *shape)), jnp.float32),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+ADAPTERS = random_tree(0)
+
+
+def shown(algorithm: type, deltas, weights):
+    """The declared view of clients' deltas [C, ...] and weights [C]."""
+    weights = jnp.asarray(weights, jnp.float32)
+    if made(algorithm)[0].view is Stack:
+        return Stack(deltas, weights)
+    return Sum(trees.weighted_sum(weights, deltas), weights.sum())
+
+
+def played(algorithm: type, views, state=None, adapters=ADAPTERS):
+    """Adapters and state after one update with each view."""
+    aggregator, update = made(algorithm)
+    state = aggregator.init(adapters) if state is None else state
+    for view in views:
+        adapters, state = update(view, state, adapters)
+    return adapters, state
+
+
+def assert_close(one, other, tolerance=1e-6):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, atol=tolerance, rtol=1e-5)
+
+
+def test_the_walk_finds_the_family():
+    names = {algorithm.__name__ for algorithm in algorithms()}
+    assert {"FedAvg", "FedAvgM", "FedAdam", "FedYogi", "FedAdagrad"} <= names
+
+
+@every
+def test_it_is_a_frozen_dataclass_with_defaults_that_declares_its_view(algorithm):
+    assert algorithm.__dataclass_params__.frozen
+    assert made(algorithm)[0].view in (Sum, Stack)
+    assert algorithm() == algorithm()
+
+
+@every
+def test_it_moves_towards_the_clients_and_keeps_shapes_and_types(algorithm):
+    delta = random_tree(1)
+    moved, _ = played(algorithm, [shown(algorithm, trees.repeat(delta, C), np.ones(C))])
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), moved) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), ADAPTERS
+    )
+    step = trees.subtract(moved, ADAPTERS)
+    along = sum(jnp.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, (step, delta)), strict=True))
+    assert along > 0
+
+
+@every
+@settings(max_examples=15)
+@given(order=st.permutations(range(C)), seed=st.integers(0, 99))
+def test_the_order_of_clients_does_not_matter(algorithm, order, seed):
+    deltas, weights = random_tree(seed, C), np.random.default_rng(seed).uniform(0.5, 9, C)
+    order = np.array(order)
+    one = played(algorithm, [shown(algorithm, deltas, weights)] * 2)
+    other = played(algorithm, [shown(algorithm, trees.take(deltas, order), weights[order])] * 2)
+    assert_close(one, other, 1e-5)
+
+
+@every
+@settings(max_examples=15)
+@given(scale=st.floats(1e-3, 1e3), seed=st.integers(0, 99))
+def test_the_scale_of_the_weights_does_not_matter(algorithm, scale, seed):
+    deltas, weights = random_tree(seed, C), np.random.default_rng(seed).uniform(0.5, 9, C)
+    one = played(algorithm, [shown(algorithm, deltas, weights)] * 2)
+    other = played(algorithm, [shown(algorithm, deltas, scale * weights)] * 2)
+    assert_close(one, other, 1e-5)
+
+
+@every
+def test_a_client_of_weight_zero_is_as_if_it_were_not_there(algorithm):
+    deltas, weights = random_tree(2, C), np.array([1.0, 2.0, 3.0, 0.0])
+    absent = trees.select(weights > 0, deltas, jax.tree.map(jnp.zeros_like, deltas))
+    one = played(algorithm, [shown(algorithm, absent, weights)])
+    other = played(algorithm, [shown(algorithm, trees.take(deltas, np.arange(3)), weights[:3])])
+    assert_close(one, other)
+
+
+@every
+def test_no_change_is_a_fixed_point(algorithm):
+    still = shown(algorithm, jax.tree.map(jnp.zeros_like, random_tree(0, C)), np.ones(C))
+    adapters, _ = played(algorithm, [still] * 3)
+    assert same(adapters, ADAPTERS)
+
+
+@every
+def test_a_total_weight_of_zero_leaves_everything_as_it_is(algorithm):
+    first, state = played(algorithm, [shown(algorithm, random_tree(3, C), np.ones(C))])
+    nobody = shown(algorithm, jax.tree.map(jnp.zeros_like, random_tree(0, C)), np.zeros(C))
+    adapters, after = played(algorithm, [nobody], state, first)
+    assert same(adapters, first)
+    assert same(after, state)
+
+
+@every
+def test_the_state_survives_a_checkpoint_and_a_break(algorithm):
+    views = [shown(algorithm, random_tree(seed, C), np.arange(1, C + 1)) for seed in range(4)]
+    adapters, state = played(algorithm, views[:2])
+    leaves, structure = jax.tree.flatten(state)
+    assert all(isinstance(leaf, jax.Array) for leaf in leaves)
+    restored = jax.tree.unflatten(structure, [jnp.asarray(np.array(leaf)) for leaf in leaves])
+    assert same(played(algorithm, views[2:], restored, adapters), played(algorithm, views))
+
+
+@every
+def test_jit_changes_nothing(algorithm):
+    view = shown(algorithm, random_tree(4, C), np.ones(C))
+    aggregator, _ = made(algorithm)
+    assert_close(aggregator.update(view, aggregator.init(ADAPTERS), ADAPTERS), played(algorithm, [view]))
+
+
+@every
+def test_the_input_is_left_as_it_is(algorithm):
+    adapters = random_tree(0)
+    played(algorithm, [shown(algorithm, random_tree(5, C), np.ones(C))], adapters=adapters)
+    assert same(adapters, ADAPTERS)
+
+
+@every
+@settings(max_examples=15)
+@given(cuts=st.sets(st.integers(1, C - 1)), seed=st.integers(0, 99))
+def test_chunks_folded_one_by_one_equal_all_at_once(algorithm, cuts, seed):
+    deltas, weights = random_tree(seed, C), np.random.default_rng(seed).uniform(0.5, 9, C)
+    join = jnp.add if made(algorithm)[0].view is Sum else lambda a, b: jnp.concatenate([a, b])
+    folded = None
+    for first, last in zip([0, *sorted(cuts)], [*sorted(cuts), C], strict=True):
+        part = shown(algorithm, jax.tree.map(lambda leaf, f=first, e=last: leaf[f:e], deltas), weights[first:last])
+        folded = part if folded is None else jax.tree.map(join, folded, part)
+    assert_close(played(algorithm, [folded]), played(algorithm, [shown(algorithm, deltas, weights)]), 1e-5)
+
+
+@every
+def test_adapters_in_bfloat16_stay_so(algorithm):
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), ADAPTERS)
+    view = shown(algorithm, random_tree(6, C), np.ones(C))
+    adapters, state = played(algorithm, [view] * 2, adapters=half)
+    assert {leaf.dtype for leaf in jax.tree.leaves(adapters)} == {jnp.dtype("bfloat16")}
+    fresh = made(algorithm)[0].init(half)
+    assert jax.tree.map(lambda leaf: leaf.dtype, state) == jax.tree.map(lambda leaf: leaf.dtype, fresh)
+
+
+REFUSED = {
+    "server_lr": (0.0, -1.0, float("nan"), float("inf")),
+    "tau": (0.0, -1e-3),
+    "momentum": (1.0, -0.1, float("nan")),
+    "b1": (1.0, -0.1),
+    "b2": (1.0, 1.5),
+}
+
+
+@every
+def test_impossible_values_are_refused_by_name(algorithm):
+    taken = {name: values for name, values in REFUSED.items() if name in algorithm.__dataclass_fields__}
+    assert taken or not algorithm.__dataclass_fields__
+    for name, values in taken.items():
+        for value in values:
+            with pytest.raises(UserError, match=f"aggregation.{name} is {value}"):
+                replace(algorithm(), **{name: value}).make()
