@@ -18,7 +18,6 @@ from fedjax_llm.federation.communication import totals
 from fedjax_llm.federation.rounds import RoundPlan
 from fedjax_llm.runs import directory, environment, metrics
 from fedjax_llm.runs.progress import RunProgress
-from fedjax_llm.runs.report import write_report
 from fedjax_llm.runs.summary import macro_paired_difference, paired_difference, summarise_evaluation
 from fedjax_llm.types import Adapters, PyTree, RoundState
 
@@ -65,6 +64,8 @@ def finish(prepared: Prepared, state: RoundState | None, folder: Path, progress:
     summary = summarise(prepared, evaluation, folder)
     directory.write_json(folder / "summary.json", summary)
     with progress.phase("Writing the report"):
+        from fedjax_llm.runs.report import write_report  # matplotlib: a second that the first round need not wait for
+
         write_report(folder)
     return summary
 

@@ -5,8 +5,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import tensorboardX
-
 
 class Scalars:
     """Writes scalars into a folder; a context manager.
@@ -18,6 +16,8 @@ class Scalars:
     """
 
     def __init__(self, folder: str | Path, resumed_at: int | None = None):
+        import tensorboardX  # slow to import where torch is installed, which it then loads
+
         self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=resumed_at, flush_secs=30)
 
     def __enter__(self) -> Self:
