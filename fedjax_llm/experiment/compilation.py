@@ -26,7 +26,7 @@ class CompileClock:
 
 def use_compilation_cache() -> None:
     """Keeps compiled programs in the cache folder, unless the user has chosen another place (or none)."""
-    chosen = jax.config.read("jax_compilation_cache_dir")
-    if chosen is None and jax.config.read("jax_enable_compilation_cache"):
+    chosen = jax.config.values
+    if chosen["jax_compilation_cache_dir"] is None and chosen["jax_enable_compilation_cache"]:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
