@@ -95,10 +95,13 @@ def tiny_base(**overrides: Any) -> BaseModel:
     return BaseModel(model, params, tokenizer, "tiny", "0" * 64, sum(leaf.size for leaf in jax.tree.leaves(params)))
 
 
-def tiny_folder(folder: Path, seed: int = 0) -> Path:
-    """Writes a tiny model with :func:`tiny_tokenizer` as Hugging Face libraries write one; gives the folder."""
+def tiny_folder(folder: Path, seed: int = 0, **overrides: Any) -> Path:
+    """Writes a tiny model with :func:`tiny_tokenizer` as Hugging Face libraries write one; gives the folder.
+
+    ``overrides`` are fields of ``config.json``.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    raw = HF_CONFIG | {"vocab_size": tiny_tokenizer().vocab_size}
+    raw = HF_CONFIG | {"vocab_size": tiny_tokenizer().vocab_size} | overrides
     config, rng, tensors = llama.config_from_hf(raw), np.random.default_rng(seed), {}
     for weight in llama.weights(config):
         names = {weight.name.format(layer=layer) for layer in range(config.layers)}

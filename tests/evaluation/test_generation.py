@@ -24,7 +24,7 @@ SITES = {"x": [record("a"), record("b"), record("c")], "y": [record("d")], "z": 
 
 
 def chosen(total, longest=999, system=None, sites=SITES):
-    return choose_prompts(sites, total, tiny_base().tokenizer, longest=longest, system=system)
+    return choose_prompts(sites, total, tiny_base(layers=1).tokenizer, longest=longest, system=system)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_sites_and_examples_take_turns(total, expected):
 def test_a_prompt_is_the_templated_question_with_its_reference():
     (prompt,) = chosen(1, system="Be brief.")
     assert (prompt.record, prompt.reference) == ("a", "a0!")
-    assert tiny_base().tokenizer.decode(prompt.tokens) == (
+    assert tiny_base(layers=1).tokenizer.decode(prompt.tokens) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\na0?<|im_end|>\n<|im_start|>assistant\n"
     )
 
@@ -58,7 +58,7 @@ def test_prompts_that_are_too_long_are_passed_over():
 @pytest.mark.parametrize("shared", [True, False])
 def test_each_question_is_answered_with_its_sites_adapters(shared, monkeypatch):
     monkeypatch.setattr(generation, "_ROWS", 3)  # so that there are several batches
-    base = tiny_base()
+    base = tiny_base(layers=1)
     one = tiny_adapters(base.model)
     adapters = {site: one if shared else tiny_adapters(base.model, seed=seed) for seed, site in enumerate(SITES)}
     prompts = chosen(4)

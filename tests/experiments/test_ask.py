@@ -11,7 +11,7 @@ from fedjax_llm.data.chat import encode_prompt
 from fedjax_llm.data.records import Message
 from fedjax_llm.errors import UserError
 from fedjax_llm.lora import Lora
-from fedjax_llm.models.decoding import generate
+from fedjax_llm.models.decoding import stream
 from fedjax_llm.models.loading import load
 
 KIND = Lora(rank=3, alpha=6.0, targets=("q_proj", "v_proj"))
@@ -20,7 +20,7 @@ NEW = 10
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    return tiny_folder(tmp_path_factory.mktemp("model"))
+    return tiny_folder(tmp_path_factory.mktemp("model"), num_hidden_layers=1)
 
 
 @pytest.fixture
@@ -43,8 +43,8 @@ def expected(model_folder, question, adapted):
     base = load(str(model_folder))
     prompt = encode_prompt([Message("system", "Be brief."), Message("user", question)], base.tokenizer)
     adapters = lora.scaled(tiny_adapters(base.model, targets=KIND.targets), 2.0) if adapted else {}
-    settings = {"max_new_tokens": NEW, "end_ids": base.tokenizer.end_ids, "pad_id": 0}
-    return base.tokenizer.decode(generate(base.model, base.params, adapters, [prompt], **settings)[0])
+    settings = {"max_new_tokens": NEW, "end_ids": base.tokenizer.end_ids}
+    return base.tokenizer.decode(list(stream(base.model, base.params, adapters, prompt, **settings)))
 
 
 def test_the_tuned_answer_and_the_base_models_beside_it(run, model_folder, capsys):
