@@ -10,6 +10,7 @@ import numpy as np
 
 from fedjax_llm import lora as low_rank
 from fedjax_llm import peft
+from fedjax_llm.aggregation.fedavg import FedAvg
 from fedjax_llm.config import Experiment
 from fedjax_llm.data.chat import LengthReport, encode_records
 from fedjax_llm.data.packing import choose_shapes
@@ -109,7 +110,8 @@ def _plan(
             optimizer=local.optimizer.make(),
             proximal=local.proximal,
         ),
-        aggregation=experiment.aggregation.make(),
+        # The one client of the setting centralised is plain training: no server optimiser comes on top of its own.
+        aggregation=(FedAvg() if experiment.setting == "centralised" else experiment.aggregation).make(),
         federation=experiment.federation,
         local=local,
         execution=experiment.execution,
