@@ -53,6 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
+    except KeyboardInterrupt:
+        console.print("Stopped.")
+        return 130
 
 
 def parse(arguments: list[str]) -> Command:

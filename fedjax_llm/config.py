@@ -87,6 +87,11 @@ class Output:
         """Refuses impossible values."""
         if not self.bandwidth_mbps > 0:
             raise UserError(f"output.bandwidth_mbps is {self.bandwidth_mbps}; it must be positive")
+        least = {"keep_last": 1, "keep_best": 1 if self.select == "best" else 0}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                why = " where output.select is 'best'" if name == "keep_best" and bound else ""
+                raise UserError(f"output.{name} is {getattr(self, name)}; it must be at least {bound}{why}")
 
 
 @dataclass(frozen=True)
@@ -121,8 +126,15 @@ class Experiment:
     setting: Setting = "federated"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Refuses what does not go together."""
+        if self.output.select == "best" and not self.evaluation.validation_every:
+            raise UserError(
+                "output.select is 'best', but evaluation.validation_every is 0: without validation no round is the best"
+            )
 
-MAY_CHANGE = ("execution.*", "output.*")
+
+MAY_CHANGE = ("execution.*", "output.keep_last", "output.bandwidth_mbps")
 """What may differ when a run is resumed: nothing that decides a result."""
 
 

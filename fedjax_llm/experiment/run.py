@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,11 +14,13 @@ from rich.console import Console
 
 from fedjax_llm import lora as low_rank
 from fedjax_llm.config import MAY_CHANGE, Experiment, to_json
+from fedjax_llm.errors import UserError
 from fedjax_llm.experiment.compilation import CompileClock, use_compilation_cache
 from fedjax_llm.experiment.finish import finish, site_counts, validation_of
 from fedjax_llm.experiment.prepare import Prepared, prepare
-from fedjax_llm.experiment.training_loop import Interrupted, Loop, run_rounds
+from fedjax_llm.experiment.training_loop import Loop, run_rounds
 from fedjax_llm.runs import directory, environment
+from fedjax_llm.runs.checkpoints import finished_steps
 from fedjax_llm.runs.progress import RunProgress, byte_size, results_table, settings_table, sites_table
 
 
@@ -40,31 +43,47 @@ def run(experiment: Experiment, folder: Path, *, resume: bool, console: Console)
     clock = CompileClock()
     config = to_json(experiment)
     folder = directory.reopen(folder, config, MAY_CHANGE) if resume else directory.create(folder, config)
-    done = 0
     with directory.locked(folder), RunProgress(experiment.federation.rounds, console) as progress:
         record_environment(folder, resume)
         try:
-            prepared = prepare(experiment, progress)
+            prepared = _prepared(experiment, progress, folder, resume)
             show_plan(prepared, progress, console)
             state = None
             if prepared.plan is not None:
                 validate = validation_of(prepared, prepared.plan)
                 loop = Loop(folder, resume, clock, validate, _fingerprint(prepared))
                 state = run_rounds(prepared, prepared.plan, loop, progress)
-                done = int(state.round)
             summary = finish(prepared, state, folder, progress)
-        except (Interrupted, KeyboardInterrupt) as stop:
-            done = stop.rounds if isinstance(stop, Interrupted) else done
-            kept = f"Everything up to round {done} is kept. " if done else "No round was finished. "
-            progress.say(f"Stopped. {kept}Go on with: {_resume_command()}")
+        except KeyboardInterrupt:
+            done = finished_steps(folder / "checkpoints")
+            kept = f"Everything up to round {done[-1]} is kept." if done else "No round was finished."
+            progress.say(f"Stopped. {kept} Go on with: {_resume_command()}")
             return 130
-    console.print(results_table(summary))
-    console.print(f"Run folder: {os.path.relpath(folder)}   Report: {os.path.relpath(folder / 'report.html')}")
-    if summary["setting"] not in ("base", "local"):
-        console.print(
-            f'Ask it: python -m experiments.ask {os.path.relpath(folder)} "What is arrhythmia?"', markup=False
-        )
+        show_results(prepared, summary, folder, progress, console)
     return 0
+
+
+def _prepared(experiment: Experiment, progress: RunProgress, folder: Path, resume: bool) -> Prepared:
+    """What :func:`prepare` gives; where it finds a fault, a new run's folder goes, so that the name stays free."""
+    try:
+        return prepare(experiment, progress)
+    except UserError:
+        if not resume:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def show_results(
+    prepared: Prepared, summary: Mapping[str, Any], folder: Path, progress: RunProgress, console: Console
+) -> None:
+    """Prints the figures, and where everything is."""
+    trained = prepared.plan is not None
+    console.print(results_table(summary if trained else {"base": summary["base"]}))
+    place = Path(os.path.relpath(folder)) if folder.is_relative_to(Path.cwd()) else folder
+    progress.say(f"Run folder: {place}   Report: {place / 'report.html'}")
+    if (folder / "adapter").is_dir() and prepared.held_out.prompts:
+        question = prepared.held_out.prompts[0].text
+        progress.say("Ask it: " + shlex.join(["python", "-m", "experiments.ask", str(place), question]))
 
 
 def record_environment(folder: Path, resume: bool) -> None:
@@ -83,14 +102,14 @@ def show_plan(prepared: Prepared, progress: RunProgress, console: Console) -> No
     rows: list[tuple[str, Any]] = [
         ("setting", experiment.setting),
         ("model", f"{base.name}, {base.size:,} parameters, {experiment.model.dtype}"),
-        ("adapters", f"rank {prepared.lora.rank} on {', '.join(prepared.lora.targets)}"),
-        ("trainable parameters", f"{trainable:,} ({trainable / base.size:.3%})"),
         ("text", prepared.dataset.version),
     ]
     if prepared.plan is not None:
         plan = prepared.plan
         steps = f"{plan.local.local_epochs} epochs" if plan.local.local_epochs else f"{plan.local.local_steps} steps"
         rows += [
+            ("adapters", f"rank {prepared.lora.rank} on {', '.join(prepared.lora.targets)}"),
+            ("trainable parameters", f"{trainable:,} ({trainable / base.size:.3%})"),
             ("rounds", plan.federation.rounds),
             ("clients a round", f"{plan.cohort} of {len(plan.clients)}"),
             ("local training", f"{steps} of {plan.local.batch_size} examples, {plan.local.optimizer.name}"),

@@ -27,14 +27,6 @@ Validate = Callable[[PyTree], dict[str, Any]]
 """Adapters -> ``{"nll", "sites"}`` on validation records."""
 
 
-class Interrupted(Exception):
-    """Ctrl-C: the run ended early, with a checkpoint of its last whole round."""
-
-    def __init__(self, rounds: int):
-        super().__init__(f"interrupted after round {rounds}")
-        self.rounds = rounds
-
-
 @dataclass(frozen=True)
 class Loop:
     """Where a run's rounds are kept.
@@ -61,7 +53,7 @@ def run_rounds(prepared: Prepared, plan: RoundPlan, loop: Loop, progress: RunPro
       The last state; or, where the experiment selects the best, that of the lowest validation loss.
 
     Raises:
-      Interrupted: after Ctrl-C.
+      KeyboardInterrupt: Ctrl-C; the save in progress has been waited for.
       UserError: no client came back finite, or the disk is full; the last good checkpoint stays.
     """
     output = prepared.experiment.output
@@ -73,18 +65,15 @@ def run_rounds(prepared: Prepared, plan: RoundPlan, loop: Loop, progress: RunPro
         log.truncate_after(done)
         exchange = exchange_in(prepared)
         with Scalars(loop.folder / "tensorboard", done + 1 if done else None) as scalars:
-            try:
-                while done < plan.federation.rounds:
-                    state, line = _one_round(prepared, plan, state, loop, exchange)
-                    log.append(line)  # before the checkpoint: a resumed run drops it or has it
-                    validation = line["validation"]
-                    extra = {"fingerprint": loop.fingerprint}
-                    checkpoints.save(line["round"], state, extra, validation["nll"] if validation else None)
-                    scalars.round(line)
-                    progress.round(line)
-                    done = line["round"]
-            except KeyboardInterrupt:
-                raise Interrupted(done) from None
+            while done < plan.federation.rounds:
+                state, line = _one_round(prepared, plan, state, loop, exchange)
+                log.append(line)  # before the checkpoint: a resumed run drops it or has it
+                validation = line["validation"]
+                extra = {"fingerprint": loop.fingerprint}
+                checkpoints.save(line["round"], state, extra, validation["nll"] if validation else None)
+                scalars.round(line)
+                progress.round(line)
+                done = line["round"]
         if output.select == "best" and (best := checkpoints.restore_best(state)) is not None:
             step, state, _ = best
             progress.say(f"Taking the adapters of round {step}, which have the lowest validation loss.")

@@ -59,7 +59,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps of the finished checkpoints, in rising order."""
-        return sorted(int(entry.name) for entry in self._folder.iterdir() if entry.name.isdecimal() and entry.is_dir())
+        return finished_steps(self._folder)
 
     def save(self, step: int, state: Any, extra: Mapping[str, Any], best_metric: float | None = None) -> None:
         """Copies the state to the host, then writes it in the background; waits for the save before this one.
@@ -244,6 +244,12 @@ class Checkpoints:
         by_path = {path: arrays[f"{place:06d}"] for place, (path, _, _) in enumerate(manifest["leaves"])}
         paths, treedef = jax.tree_util.tree_flatten_with_path(like)
         return treedef.unflatten(_leaf(leaf, by_path[jax.tree_util.keystr(path)]) for path, leaf in paths)
+
+
+def finished_steps(folder: Path) -> list[int]:
+    """The steps of the finished checkpoints in a folder, in rising order; none where there is no folder."""
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return sorted(int(entry.name) for entry in entries if entry.name.isdecimal() and entry.is_dir())
 
 
 def _orbax() -> Any:
