@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import jax.numpy as jnp
 
 from fedjax_llm import lora as low_rank
 from fedjax_llm import peft
+from fedjax_llm.errors import UserError
 from fedjax_llm.evaluation import evaluate, generation
 from fedjax_llm.evaluation.evaluate import HeldOut
 from fedjax_llm.experiment.prepare import Prepared
@@ -87,6 +89,7 @@ def _evaluation(prepared: Prepared, state: RoundState | None, progress: RunProgr
             return progress.phase(f"{title}, {label}", total)
 
         found[name] = evaluate.evaluate_sites(base, scaling, adapters, held_out, phase)
+        _check_finite(found[name], label)
         if held_out.prompts:
             longest = prepared.experiment.evaluation.max_new_tokens
             with phase("Greedy answers"):
@@ -95,6 +98,18 @@ def _evaluation(prepared: Prepared, state: RoundState | None, progress: RunProgr
     before = answers.get("base", [])
     found["generations"] = generation.side_by_side(held_out.prompts, before, answers.get("final", before))
     return found
+
+
+def _check_finite(evaluation: Mapping[str, Any], label: str) -> None:
+    """Refuses figures that are no numbers: no file of a run could hold them."""
+    broken = [site for site, figures in evaluation["sites"].items() if not np.isfinite(figures["nll"]).all()]
+    if broken:
+        advice = (
+            "its weights or model.dtype do not serve"
+            if label == "base model"
+            else "training has blown up: start again with a lower training.optimizer.learning_rate"
+        )
+        raise UserError(f"the {label}'s held-out loss is not finite at {', '.join(broken)}; {advice}")
 
 
 def export(prepared: Prepared, state: RoundState, folder: Path) -> None:
