@@ -92,8 +92,8 @@ def answer(
 
 
 def main(
-    run: Annotated[Path, tyro.conf.Positional],
-    question: Annotated[str | None, tyro.conf.Positional] = None,
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
+    question: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="QUESTION")] = None,
     base: bool = False,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
