@@ -1,6 +1,6 @@
 """After the rounds: evaluation of base and tuned, the adapter in PEFT's format, the summary, the report."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from fedjax_llm import lora as low_rank
 from fedjax_llm import peft
 from fedjax_llm.errors import UserError
 from fedjax_llm.evaluation import evaluate, generation
-from fedjax_llm.evaluation.evaluate import HeldOut
 from fedjax_llm.experiment.prepare import Prepared
 from fedjax_llm.experiment.training_loop import TIMING, Validate, exchange_in
 from fedjax_llm.federation.communication import totals
@@ -33,18 +32,18 @@ def validation_of(prepared: Prepared, plan: RoundPlan) -> Validate | None:
         return None
 
     def validate(adapters: PyTree) -> dict[str, Any]:
-        by_site = adapters_of(plan, held_out, adapters)
+        by_site = adapters_of(plan, held_out.validation, adapters)
         return evaluate.validate(prepared.base, prepared.lora.scaling, by_site, held_out)
 
     return validate
 
 
-def adapters_of(plan: RoundPlan, held_out: HeldOut, adapters: PyTree) -> dict[str, Adapters]:
+def adapters_of(plan: RoundPlan, sites: Iterable[str], adapters: PyTree) -> dict[str, Adapters]:
     """The adapters that each site uses: all the same, or in the setting local each its own."""
     if plan.setting != "local":
-        return dict.fromkeys(held_out.test, adapters)
+        return dict.fromkeys(sites, adapters)
     slots = {client.name: slot for slot, client in enumerate(plan.clients)}
-    return {site: jax.tree.map(lambda leaf, slot=slots[site]: leaf[slot], adapters) for site in held_out.test}
+    return {site: jax.tree.map(lambda leaf, slot=slots[site]: leaf[slot], adapters) for site in sites}
 
 
 def finish(prepared: Prepared, state: RoundState | None, folder: Path, progress: RunProgress) -> dict[str, Any]:
@@ -79,7 +78,7 @@ def _evaluation(prepared: Prepared, state: RoundState | None, progress: RunProgr
     nothing: Adapters = jax.tree.map(jnp.zeros_like, prepared.adapters)
     models = {"base": dict.fromkeys(held_out.test, nothing)}
     if state is not None and prepared.plan is not None:
-        models["final"] = adapters_of(prepared.plan, held_out, state.adapters)
+        models["final"] = adapters_of(prepared.plan, held_out.test, state.adapters)
     found: dict[str, Any] = {}
     answers: dict[str, list[str]] = {}
     for name, adapters in models.items():
