@@ -296,7 +296,7 @@ def _read_weights(folder: Path) -> dict[str, np.ndarray]:
             )
         raise UserError(f"{folder} has no {_WEIGHTS}; the adapter is incomplete.")
     try:
-        tensors = {name: array.astype(np.float32) for name, array in load(path.read_bytes()).items()}
+        tensors = {name: array.astype(np.float32) for name, array in sorted(load(path.read_bytes()).items())}
     except (SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"{path} is damaged or no safetensors file ({error}).") from error
     broken = [name for name, array in tensors.items() if not np.isfinite(array).all()]

@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tiny import same, tiny_adapters, tiny_model
 
 from fedjax_llm import lora as lora_module
 from fedjax_llm.errors import UserError
 from fedjax_llm.lora import Lora
 from fedjax_llm.peft import read_adapter, read_adapter_for, write_adapter
-from tests.tiny import same, tiny_adapters, tiny_model
 
 ATTENTION = ("q_proj", "v_proj")
 Q_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"

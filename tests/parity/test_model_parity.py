@@ -17,7 +17,7 @@ from fedjax_llm.data.records import Message
 from fedjax_llm.models.gguf_format import read_gguf
 
 torch = pytest.importorskip("torch")
-reference = pytest.importorskip("tests.parity.reference")
+reference = pytest.importorskip("reference")
 
 pytestmark = pytest.mark.parity
 

@@ -3,17 +3,17 @@
 import jax
 import numpy as np
 import pytest
+from tiny import tiny_adapters, tiny_folder
 from transformers import LlamaForCausalLM
 
 from fedjax_llm import lora as lora_module
 from fedjax_llm.lora import Lora
 from fedjax_llm.peft import read_adapter_for, write_adapter
 from fedjax_llm.types import Adapters
-from tests.tiny import tiny_adapters, tiny_folder
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
-reference = pytest.importorskip("tests.parity.reference")
+reference = pytest.importorskip("reference")
 
 pytestmark = pytest.mark.parity
 
