@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import jax.numpy as jnp
+import numpy as np
 
 from fedjax_llm import lora as low_rank
 from fedjax_llm import peft
