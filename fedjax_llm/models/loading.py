@@ -150,22 +150,20 @@ def converted(checkpoint: Checkpoint) -> Checkpoint:
     """A quantised checkpoint as a folder of f32 safetensors in the cache, written once and read by mapping after.
 
     Raises:
-      UserError: the disk is full.
+      UserError: the disk is full, or the cache cannot be written.
     """
     from fedjax_llm.models.safetensors_format import read_folder
 
     folder = cache_dir() / "converted" / checkpoint.fingerprint[:32]
     if not (folder / "config.json").exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix="converting-", dir=folder.parent))
         try:
-            save_folder(checkpoint, scratch)
-            scratch.rename(folder)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix="converting-", dir=folder.parent) as scratch:
+                save_folder(checkpoint, Path(scratch) / "model")
+                (Path(scratch) / "model").rename(folder)
         except OSError as error:
-            if not folder.exists():  # else another process was quicker
-                raise UserError(f"{folder} can't be written: {error}") from error
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            if not (folder / "config.json").exists():  # else another process was quicker
+                raise UserError(f"{folder} cannot be written: {error}") from error
     return replace(read_folder(folder), source=checkpoint.source, fingerprint=checkpoint.fingerprint)
 
 
@@ -173,23 +171,23 @@ def save_folder(checkpoint: Checkpoint, folder: Path) -> None:
     """Writes ``config.json``, ``model.safetensors`` (f32) and the tokenizer, as Hugging Face libraries read them.
 
     Raises:
-      UserError: the disk is full; says how much is needed.
+      UserError: the folder cannot be written, or the disk is full; says how much is needed.
     """
     import json
 
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: np.ascontiguousarray(checkpoint.tensors[name], np.float32) for name in checkpoint.tensors}
     needed = sum(array.nbytes for array in tensors.values())
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(folder).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         if checkpoint.tokenizer is not None:
             checkpoint.tokenizer.save(folder)
         (folder / "config.json").write_text(json.dumps(dict(checkpoint.config), indent=2))
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise UserError(f"The disk is full: {folder} needs {needed / 2**20:.0f} MiB for the converted model") from error
+    except (OSError, SafetensorError) as error:  # the library wraps what the system says in an error of its own
+        size = f"{needed / 2**20:.0f} MiB"
+        raise UserError(f"The converted model ({size}) cannot be written to {folder}: {error}") from error
