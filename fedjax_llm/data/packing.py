@@ -170,19 +170,16 @@ def _denominator(examples: Sequence[EncodedExample], per_token: bool) -> float:
 
 
 def _next_rows(waiting: Sequence[_Row], shapes: Sequence[Shape]) -> tuple[Shape, list[_Row]]:
-    """The rows to run next: a full microbatch if one shape can be filled, else the longest rows that wait."""
+    """The shape that the waiting rows fill best, and the rows: long ones wait until there are enough of them."""
     ordered = sorted(waiting, key=lambda row: (-len(row.example.tokens), row.step, row.client, row.index))
-    best: tuple[float, Shape, list[_Row]] | None = None
-    for shape in shapes:
-        rows = _fill(ordered, shape)
-        fill = sum(len(row.example.tokens) for row in rows) / (shape.rows * shape.length)
-        longest_waits = any(row is ordered[0] for row in rows)
-        full = len(rows) == shape.rows
-        score = fill + (1.0 if full else 0.0) + (0.5 if longest_waits else 0.0)
-        if rows and (best is None or score > best[0]):
-            best = (score, shape, rows)
-    assert best is not None, "the longest shape holds every row"
-    return best[1], best[2]
+
+    def filled(option: tuple[Shape, list[_Row]]) -> float:
+        shape, rows = option
+        return sum(len(row.example.tokens) for row in rows) / (shape.rows * shape.length)
+
+    shape, rows = max(((shape, _fill(ordered, shape)) for shape in shapes), key=filled)
+    assert rows, "the longest shape holds every row"
+    return shape, rows
 
 
 def _fill(ordered: Sequence[_Row], shape: Shape) -> list[_Row]:
@@ -218,7 +215,7 @@ def _assemble(
         first = len(example.tokens) - count
         target_row[taken], token[taken] = m, example.tokens[first:]
         position[taken] = np.arange(first - 1, len(example.tokens) - 1)
-        weight[taken] = 1.0 if per_token else 1.0 / count
+        weight[taken] = 1.0 if per_token else 1.0 / max(count, 1)
         slot += count
     finished, denominator = np.zeros(clients, bool), np.ones(clients, np.float32)
     finished_step = np.zeros(clients, np.int32)

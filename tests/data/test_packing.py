@@ -1,0 +1,162 @@
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedjax_llm.data.packing import Shape, choose_shapes, pack, target_count
+from fedjax_llm.data.records import EncodedExample
+
+LONGEST = 45
+
+
+@st.composite
+def examples(draw):
+    """An example with at least one target; the tokens are none of them zero, as padding is."""
+    length = draw(st.integers(2, LONGEST))
+    prompt = draw(st.integers(0, length - 1))
+    tokens = np.random.default_rng(draw(st.integers(0, 2**16))).integers(1, 1000, length)
+    return EncodedExample("r", tokens.astype(np.int32), prompt)
+
+
+works = st.lists(st.lists(st.lists(examples(), min_size=1, max_size=4), max_size=4), min_size=1, max_size=5)
+
+
+def random_example(rng, low=40, high=120) -> EncodedExample:
+    length = int(rng.integers(low, high + 1))
+    return EncodedExample("r", rng.integers(1, 1000, length).astype(np.int32), int(rng.integers(10, length // 2)))
+
+
+def flat(work):
+    return [example for steps in work for step in steps for example in step]
+
+
+@settings(max_examples=80)
+@given(
+    work=works, tokens=st.integers(20, 400), buckets=st.integers(1, 4), per_token=st.booleans(), spare=st.integers(0, 2)
+)
+def test_packing(work, tokens, buckets, per_token, spare):
+    """Every row once, whole, in its client's order, with its targets; steps are closed when they are complete."""
+    every = flat(work) or [EncodedExample("r", np.ones(2, np.int32), 1)]
+    shapes = choose_shapes(every, tokens_per_microbatch=tokens, buckets=buckets)
+    clients = len(work) + spare
+    current = [0] * clients
+    packed = [set() for _ in range(clients)]
+    for batch in pack(work, shapes, clients=clients, per_token=per_token):
+        assert Shape(*batch.tokens.shape, len(batch.target_row)) in shapes
+        assert all(array.shape == batch.tokens.shape[:1] for array in (batch.client, batch.step, batch.index))
+        real = sorted(set(batch.target_row[batch.target_weight > 0].tolist()))
+        assert len(real) > 0
+        for m in real:
+            client, step, index = (int(array[m]) for array in (batch.client, batch.step, batch.index))
+            assert step == current[client]  # the step before was closed by an earlier microbatch
+            assert index not in packed[client]
+            packed[client].add(index)
+            check_row(batch, m, work[client][step][index], per_token)
+        padding = np.setdiff1d(np.arange(len(batch.tokens)), real)
+        assert not batch.tokens[padding].any()
+        assert not batch.client[padding].any()
+        lengths = [len(work[batch.client[m]][batch.step[m]][batch.index[m]].tokens) for m in real]
+        assert batch.real_tokens == sum(lengths)
+        for client in range(clients):
+            check_closing(batch, client, work, current, packed, per_token)
+    assert current == [*map(len, work), *[0] * spare]
+    assert not any(packed)
+
+
+def check_row(batch, m, example, per_token):
+    length, first = len(example.tokens), max(example.prompt_length, 1)
+    np.testing.assert_array_equal(batch.tokens[m, :length], example.tokens)
+    assert not batch.tokens[m, length:].any()
+    slots = (batch.target_row == m) & (batch.target_weight > 0)
+    np.testing.assert_array_equal(batch.target_position[slots], np.arange(first - 1, length - 1))
+    np.testing.assert_array_equal(batch.target_token[slots], example.tokens[first:])
+    weight = 1.0 if per_token else 1.0 / target_count(example)
+    np.testing.assert_array_equal(batch.target_weight[slots], np.float32(weight))
+
+
+def check_closing(batch, client, work, current, packed, per_token):
+    """Compares with the test's own books, and closes the step there."""
+    step = work[client][current[client]] if client < len(work) and current[client] < len(work[client]) else []
+    complete = len(step) > 0 and len(packed[client]) == len(step)
+    assert batch.finished[client] == complete
+    assert batch.finished_step[client] == (current[client] if complete else 0)
+    divisor = sum(map(target_count, step)) if per_token else len(step)
+    assert batch.denominator[client] == (divisor if complete else 1)
+    if complete:
+        current[client] += 1
+        packed[client].clear()
+
+
+@settings(max_examples=60)
+@given(lengths=st.lists(st.integers(2, 70), min_size=1, max_size=12), buckets=st.integers(1, 4))
+def test_bucket_edges_pad_as_little_as_can_be(lengths, buckets):
+    made = [EncodedExample("r", np.ones(length, np.int32), 1) for length in lengths]
+    edges = [shape.length for shape in choose_shapes(made, tokens_per_microbatch=256, buckets=buckets)]
+    rounded = [-(-length // 8) * 8 for length in lengths]
+
+    def padding(edges):
+        return sum(min(edge for edge in edges if edge >= length) - length for length in rounded)
+
+    distinct = sorted(set(rounded))
+    choices = [
+        (*some, distinct[-1]) for count in range(buckets) for some in itertools.combinations(distinct[:-1], count)
+    ]
+    assert len(edges) <= buckets
+    assert edges == sorted(set(edges))
+    assert padding(edges) == min(map(padding, choices))
+
+
+@settings(max_examples=60)
+@given(made=st.lists(examples(), min_size=1, max_size=20), tokens=st.integers(1, 500), buckets=st.integers(1, 4))
+def test_every_example_fits_a_shape_alone(made, tokens, buckets):
+    shapes = choose_shapes(made, tokens_per_microbatch=tokens, buckets=buckets)
+    for shape in shapes:
+        assert shape.rows >= 1
+        assert shape.length % 8 == 0
+        assert shape.targets <= shape.rows * shape.length
+        assert shape.rows == 1 or abs(shape.rows * shape.length - tokens) <= shape.length
+    for example in made:
+        fitting = [s for s in shapes if len(example.tokens) <= s.length]
+        assert fitting
+        assert all(target_count(example) <= shape.targets for shape in fitting)
+
+
+@pytest.mark.parametrize(("prompt", "count"), [(0, 4), (1, 4), (3, 2), (5, 0)])
+def test_the_first_token_of_all_is_never_a_target(prompt, count):
+    assert target_count(EncodedExample("r", np.arange(1, 6, dtype=np.int32), prompt)) == count
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_an_example_without_targets_is_packed_and_counted(per_token):
+    silent = EncodedExample("r", np.arange(1, 6, dtype=np.int32), 5)
+    spoken = EncodedExample("r", np.arange(1, 9, dtype=np.int32), 6)
+    shapes = choose_shapes([silent, spoken], tokens_per_microbatch=16, buckets=1)
+    (batch,) = pack([[[silent, spoken]]], shapes, clients=1, per_token=per_token)
+    assert batch.finished.tolist() == [True]
+    assert batch.denominator.tolist() == [2.0]
+    assert batch.target_weight.sum() == (2.0 if per_token else 1.0)
+
+
+def test_packing_is_a_function_of_the_work():
+    rng = np.random.default_rng(0)
+    work = [[[random_example(rng) for _ in range(3)] for _ in range(2)] for _ in range(5)]
+    shapes = choose_shapes(flat(work), tokens_per_microbatch=512, buckets=3)
+    one, two = ([batch.tokens.tobytes() for batch in pack(work, shapes, clients=5)] for _ in range(2))
+    assert one == two
+
+
+@pytest.mark.parametrize(("clients", "steps", "most"), [(64, 3, 0.03), (64, 1, 0.07), (16, 5, 0.07)])
+def test_padding_is_little_more_than_the_bucket_edges_cost(clients, steps, most):
+    rng = np.random.default_rng(0)
+    work = [[[random_example(rng) for _ in range(4)] for _ in range(steps)] for _ in range(clients)]
+    shapes = choose_shapes(flat(work), tokens_per_microbatch=1024, buckets=4)
+    microbatches = list(pack(work, shapes, clients=clients))
+    lengths = [len(example.tokens) for example in flat(work)]
+    bound = sum(min(shape.length for shape in shapes if shape.length >= length) for length in lengths)
+    padded = sum(batch.tokens.size for batch in microbatches)
+    print(f"{1 - sum(lengths) / padded:.1%} padding; {1 - sum(lengths) / bound:.1%} if no row were empty")
+    assert sum(batch.real_tokens for batch in microbatches) == sum(lengths)
+    assert (padded - bound) / padded < most
+    assert 1 - sum(lengths) / bound < 0.12
