@@ -196,7 +196,7 @@ def check(value: Any, path: str = "") -> None:
 
 
 def _check_type(value: Any, kind: Any, place: str) -> None:
-    """One field against its annotation: literals, numbers, text, and unions of these."""
+    """One field against its annotation: literals, numbers, text, dataclasses, and what is made of these."""
     origin = typing.get_origin(kind)
     if origin is Literal:
         allowed = typing.get_args(kind)
@@ -209,6 +209,21 @@ def _check_type(value: Any, kind: Any, place: str) -> None:
         rest = [option for option in options if option is not type(None)]
         if len(rest) == 1:
             _check_type(value, rest[0], place)
+    elif origin is tuple:
+        if not isinstance(value, tuple):
+            raise UserError(
+                f"{place} is {value!r}, a {type(value).__name__}; it must be a tuple, such as (1, 2) or (1,)"
+            )
+        for number, inner in enumerate(value):
+            _check_type(inner, typing.get_args(kind)[0], f"{place}[{number}]")
+    elif origin is Mapping:
+        if not isinstance(value, Mapping):
+            raise UserError(f"{place} is {value!r}, a {type(value).__name__}; it must be a dictionary")
+        for key, inner in value.items():
+            _check_type(inner, typing.get_args(kind)[1], f"{place}[{key!r}]")
+    elif dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        if not isinstance(value, kind):
+            raise UserError(f"{place} is {value!r}, a {type(value).__name__}; it must be a {kind.__name__}(...)")
     elif kind in (int, float, str, bool):
         numeric = kind is float and isinstance(value, int) and not isinstance(value, bool)
         wrong = not isinstance(value, kind) or (kind is int and isinstance(value, bool))
