@@ -30,7 +30,9 @@ FIELDS = {
     "output__keep_last": 1,
 }
 PROCESSES = multiprocessing.get_context("forkserver")  # forks of a process that has imported, but not used, jax
-PROCESSES.set_forkserver_preload(["fedjax_llm.experiment.run", "orbax.checkpoint"])
+PROCESSES.set_forkserver_preload(
+    ["fedjax_llm.experiment.run", "fedjax_llm.runs.report", "orbax.checkpoint", "tensorboardX"]
+)
 
 # Where one read or write of several fails, the others call a loop that is closed already; nobody waits for them.
 NOISE = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
