@@ -19,7 +19,7 @@ CLINICS = ("blood", "cardiovascular", "digestive", "ear", "endocrine", "eye", "i
 def get_config() -> Experiment:
     return Experiment(
         lora=Lora(rank=8, alpha=16, targets=("q_proj", "v_proj")),
-        data=Data(source=HpoFlashcards(sites=CLINICS), max_length=128),
+        data=Data(source=HpoFlashcards(sites=CLINICS), max_length=112, system="You are a medical dictionary."),
         training=LocalTraining(
             batch_size=4,
             local_steps=2,
@@ -27,6 +27,6 @@ def get_config() -> Experiment:
             round_schedule=Schedule("cosine", end=0.1),
         ),
         federation=Federation(rounds=10, cohort=4),
-        evaluation=Evaluation(test_records=20, validation_every=0, choice_questions=8, generations=4),
-        execution=Execution(tokens_per_microbatch=1024, buckets=3),
+        evaluation=Evaluation(test_records=14, choice_questions=8, generations=4, max_new_tokens=48),
+        execution=Execution(tokens_per_microbatch=384, buckets=3, evaluation_buckets=2),
     )

@@ -55,7 +55,7 @@ class Execution:
     """
 
     clients_per_chunk: int = 16
-    tokens_per_microbatch: int = 1024
+    tokens_per_microbatch: int = 512
     buckets: int = 3
     evaluation_buckets: int = 3
     remat: bool = False
