@@ -27,6 +27,7 @@ RUNTIME = [
     "huggingface_hub>=1.0",
     "jax>=0.10.2",
     "jinja2>=3.1",
+    "markupsafe>=2.1",
     "matplotlib>=3.9",
     "numpy>=2.0",
     "optax>=0.2.8",
