@@ -1,5 +1,7 @@
 """The compilation cache, and how long compiling took."""
 
+import time
+
 import jax
 
 from fedjax_llm.assets import cache_dir
@@ -16,12 +18,22 @@ class CompileClock:
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self._spans: list[tuple[float, float]] = []
         jax.monitoring.register_event_duration_secs_listener(self._add)
 
     def _add(self, event: str, duration_secs: float, **_: str | int | float) -> None:
-        """Called by jax."""
-        if event in _EVENTS:
-            self.seconds += duration_secs
+        """Called by jax when an event ends. It may hold others that ended before: no second counts twice."""
+        if event not in _EVENTS:
+            return
+        end = time.perf_counter()
+        start = end - duration_secs
+        while self._spans and self._spans[-1][0] >= start:
+            begun, ended = self._spans.pop()
+            self.seconds -= ended - begun
+        if self._spans:
+            start = max(start, self._spans[-1][1])
+        self._spans.append((start, end))
+        self.seconds += end - start
 
 
 def use_compilation_cache() -> None:
