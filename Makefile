@@ -27,11 +27,12 @@ help:
 	@echo 'make peers       set up $(PEERS): what the benchmark compares with (torch, PEFT, Flower, Opacus)'
 	@echo 'make clean       remove environments, caches and builds; runs/ and downloads stay'
 	@echo
-	@echo 'PYTHON=python3.12 chooses the interpreter (>= 3.11); CONFIG=configs/NAME.py another experiment.'
+	@echo 'PYTHON=python3.12 chooses the interpreter (>= 3.11); CONFIG=configs/NAME.py another experiment,'
+	@echo 'ARGS=... more options, e.g. make quickstart ARGS=--resume.'
 
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/python -m experiments.fetch
-	$(VENV)/bin/python -m experiments.run --config=$(CONFIG)
+	$(VENV)/bin/python -m experiments.run --config=$(CONFIG) $(ARGS)
 
 test: $(VENV)/.installed-dev
 	$(PYTEST) $(WORKERS) -m "not parity" $(ARGS)

@@ -1,6 +1,6 @@
 """The classroom setting of federated fine-tuning: medical flashcards, 20 IID partitions, cosine over the rounds.
 
-    pip install 'fedjax_llm[hub]'
+    pip install -e '.[hub]'
     python -m experiments.run --config=configs/course.py
 
 Wants the Hugging Face hub (model and text) and an accelerator.

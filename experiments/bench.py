@@ -24,14 +24,13 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fedjax_llm.assets import cache_dir
 from fedjax_llm.data.packing import pack
 from fedjax_llm.errors import UserError
 from fedjax_llm.experiment.compilation import use_compilation_cache
 from fedjax_llm.experiment.synthetic import dense_plan, training_flops
 from fedjax_llm.federation.rounds import RoundPlan, run_round
 from fedjax_llm.lora import Lora
-from fedjax_llm.models.loading import BaseModel, load
+from fedjax_llm.models.loading import BaseModel, converted_folder, load
 from fedjax_llm.runs.environment import peak_rss_bytes
 from fedjax_llm.training import client_update
 from fedjax_llm.training.rows import Rows
@@ -135,11 +134,12 @@ def figures(case: str, seconds: float, real: int, padded: int, flops: float, pea
     }
 
 
-def peer_cases(bench: Bench, ours: Callable[[], float]) -> Iterator[dict[str, Any]]:
+def peer_cases(bench: Bench, base: BaseModel, ours: Callable[[], float]) -> Iterator[dict[str, Any]]:
     """Ours and each peer in turns on the same model and shapes; ratios of whole rounds, and of training alone.
 
     Args:
       bench: the shapes.
+      base: the model.
       ours: seconds of one of our rounds, measured now.
 
     Raises:
@@ -150,7 +150,7 @@ def peer_cases(bench: Bench, ours: Callable[[], float]) -> Iterator[dict[str, An
     for name, options in PEERS.items():
         rounds, trainings, own = [], [], []
         for _ in range(bench.turns):
-            lines = run_peer(bench, options)
+            lines = run_peer(bench, base, options)
             rounds.append(statistics.median(line["round_s"] for line in lines))
             trainings.append(statistics.median(line["train_s"] for line in lines))
             own.append(statistics.median(ours() for _ in range(len(lines))))
@@ -167,13 +167,12 @@ def peer_cases(bench: Bench, ours: Callable[[], float]) -> Iterator[dict[str, An
             }
 
 
-def run_peer(bench: Bench, options: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The JSON lines of a peer's rounds, without its warm-up round."""
-    folders = sorted((cache_dir() / "converted").glob("*/config.json"))
-    if not folders:
-        raise UserError("the peers need the converted model; run `python -m experiments.fetch` and a quickstart first")
+def run_peer(bench: Bench, base: BaseModel, options: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The JSON lines of a peer's rounds on the same weights, without its warm-up round."""
+    converted = converted_folder(base.fingerprint)
+    folder = converted if converted.exists() else Path(bench.model)
     shapes = {"clients": bench.clients, "steps": bench.steps, "batch": bench.batch, "length": bench.length, "rounds": 4}
-    command = [str(bench.peer_python), "benchmarks/peft_peer.py", "--model", str(folders[0].parent), *options]
+    command = [str(bench.peer_python), "benchmarks/peft_peer.py", "--model", str(folder), *options]
     command += [word for name, value in shapes.items() for word in (f"--{name}", str(value))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -211,7 +210,7 @@ def cases(bench: Bench) -> Iterator[dict[str, Any]]:
     yield step_case(bench, base, plan, state, peak)
     yield round_case(bench, base, plan, state, peak)
     if bench.peers:
-        yield from peer_cases(bench, lambda: timed(lambda: run_round(plan, base.params, state)[0].adapters, 1)[0])
+        yield from peer_cases(bench, base, lambda: timed(lambda: run_round(plan, base.params, state)[0].adapters, 1)[0])
 
 
 if __name__ == "__main__":

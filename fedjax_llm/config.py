@@ -127,7 +127,9 @@ class Experiment:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuses what does not go together."""
+        """Refuses impossible values, and what does not go together."""
+        if isinstance(self.seed, int) and not 0 <= self.seed < 2**31:
+            raise UserError(f"seed is {self.seed}; it must be at least 0 and below 2**31 (larger ones would collide)")
         if self.output.select == "best" and not self.evaluation.validation_every:
             raise UserError(
                 "output.select is 'best', but evaluation.validation_every is 0: without validation no round is the best"

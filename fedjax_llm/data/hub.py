@@ -67,7 +67,7 @@ class HubDataset:
             datasets = importlib.import_module("datasets")
         except ImportError:
             raise UserError(
-                f"the dataset {self.name!r} wants the package 'datasets': pip install 'fedjax-llm[hub]', or save the "
+                f"the dataset {self.name!r} wants the package 'datasets': pip install datasets, or save the "
                 "data as JSON Lines and use SiteFiles"
             ) from None
         try:

@@ -69,6 +69,6 @@ def split_site(site: Site, fractions: Fractions, salt: int, require: Collection[
             raise UserError(
                 f"site {site.name!r} has no {name} record: {len(site.records)} records of {owners} owners, of which "
                 f"validation={fractions.validation} and test={fractions.test} are held out; give the site more "
-                "records, change the fractions or the split's seed, or leave the site out"
+                "records, change data.fractions, or leave the site out"
             )
     return SplitSite(site.name, tuple(parts["train"]), tuple(parts["validation"]), tuple(parts["test"]))

@@ -133,5 +133,8 @@ def tree_mask(branch: np.ndarray, position: np.ndarray, window: int | None) -> n
 
 
 def _padded(columns: Sequence[np.ndarray], length: int) -> np.ndarray:
-    """Stacks [L] columns of different lengths as [M, length], filled up on the right with zeros."""
-    return np.stack([np.pad(column, (0, length - len(column))) for column in columns])
+    """Stacks [L] columns of different lengths as [M, length], filled up on the right with zeros.
+
+    A row of padding stands for the first question, whatever its length; it has no targets, so it may be cut.
+    """
+    return np.stack([np.pad(column[:length], (0, max(0, length - len(column)))) for column in columns])

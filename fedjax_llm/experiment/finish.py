@@ -11,6 +11,7 @@ import numpy as np
 
 from fedjax_llm import lora as low_rank
 from fedjax_llm import peft
+from fedjax_llm.data.chat import LengthReport
 from fedjax_llm.errors import UserError
 from fedjax_llm.evaluation import evaluate, generation
 from fedjax_llm.experiment.prepare import Prepared
@@ -136,8 +137,8 @@ def summarise(prepared: Prepared, evaluation: Mapping[str, Any], folder: Path) -
         "parameters": prepared.base.size,
         "trainable_parameters": trainable,
         "trainable_fraction": trainable / prepared.base.size,
+        "lengths": {"train": length_counts(prepared.lengths), "test": length_counts(prepared.held_out.lengths)},
         **_training(prepared, folder),
-        "peak_rss_bytes": environment.peak_rss_bytes(),
         **figures,
         "difference": {"macro": macro_paired_difference(*pair), "sites": paired_difference(*pair)},
         "data": {"version": prepared.dataset.version, "citation": prepared.dataset.citation},
@@ -165,6 +166,7 @@ def _training(prepared: Prepared, folder: Path) -> dict[str, Any]:
         "train_seconds": seconds,
         "tokens_per_second": tokens / (seconds - compiling) if seconds > compiling else 0.0,
         "compile_seconds": compiling,
+        "peak_rss_bytes": max([environment.peak_rss_bytes(), *(line["timing"]["peak_rss_bytes"] for line in lines)]),
         "excluded_updates": sum(len(line["excluded"]) for line in lines),
         **exchanged,
     }
@@ -181,6 +183,11 @@ def site_counts(prepared: Prepared) -> dict[str, dict[str, int]]:
         }
         for site in prepared.sites
     }
+
+
+def length_counts(lengths: Mapping[str, LengthReport]) -> dict[str, int]:
+    """Examples of all sites that were longer than ``data.max_length``, by what became of them."""
+    return {name: sum(getattr(report, name) for report in lengths.values()) for name in ("truncated", "dropped")}
 
 
 def without_timing(summary: Mapping[str, Any]) -> dict[str, Any]:

@@ -69,6 +69,11 @@ def prepare(experiment: Experiment, progress: RunProgress) -> Prepared:
     with progress.phase(f"Loading the model {experiment.model.name}"):
         base = load(experiment.model.name, experiment.model.dtype)
         base = replace(base, model=replace(base.model, remat=experiment.execution.remat))
+    if experiment.data.max_length > base.model.config.context:
+        raise UserError(
+            f"data.max_length is {experiment.data.max_length}, but {base.name} was made for at most "
+            f"{base.model.config.context} tokens"
+        )
     key = jax.random.key(experiment.seed)
     init_key, run_key = jax.random.split(key)
     lora, adapters = _adapters(experiment, base, init_key)
@@ -108,7 +113,8 @@ def _plan(
             model=replace(base.model, dropout=lora.dropout),
             scaling=lora.scaling,
             optimizer=local.optimizer.make(),
-            proximal=local.proximal,
+            # Only where there is a server to stay close to.
+            proximal=local.proximal if experiment.setting == "federated" else 0.0,
         ),
         # The one client of the setting centralised is plain training: no server optimiser comes on top of its own.
         aggregation=(FedAvg() if experiment.setting == "centralised" else experiment.aggregation).make(),

@@ -1,7 +1,6 @@
 """A whole run: prepare, train, evaluate, report."""
 
 import hashlib
-import json
 import os
 import shlex
 import shutil
@@ -16,7 +15,7 @@ from fedjax_llm import lora as low_rank
 from fedjax_llm.config import MAY_CHANGE, Experiment, to_json
 from fedjax_llm.errors import UserError
 from fedjax_llm.experiment.compilation import CompileClock, use_compilation_cache
-from fedjax_llm.experiment.finish import finish, site_counts, validation_of
+from fedjax_llm.experiment.finish import finish, length_counts, site_counts, validation_of
 from fedjax_llm.experiment.prepare import Prepared, prepare
 from fedjax_llm.experiment.training_loop import Loop, run_rounds
 from fedjax_llm.runs import directory, environment
@@ -83,11 +82,11 @@ def show_results(
     progress.say(f"Run folder: {place}   Report: {place / 'report.html'}")
     if (folder / "adapter").is_dir() and prepared.held_out.prompts:
         question = prepared.held_out.prompts[0].text
-        progress.say("Ask it: " + shlex.join(["python", "-m", "experiments.ask", str(place), question]))
+        progress.say("Ask it: " + shlex.join([_interpreter(), "-m", "experiments.ask", str(place), question]))
 
 
 def record_environment(folder: Path, resume: bool) -> None:
-    """Writes ``environment.json``; a resumed run adds to it."""
+    """Writes ``environment.json``; a resumed run adds to it. The seed is in ``config.json``."""
     path, now = folder / "environment.json", environment.describe()
     if resume and path.exists():
         before = directory.read_json(path)
@@ -119,23 +118,30 @@ def show_plan(prepared: Prepared, progress: RunProgress, console: Console) -> No
             rows.append(("one update on the wire", byte_size(low_rank.nbytes(prepared.adapters))))
     console.print(settings_table(rows))
     console.print(sites_table(site_counts(prepared)))
-    for name in ("truncated", "dropped"):
-        count = sum(getattr(report, name) for report in prepared.lengths.values())
-        if count:
-            progress.say(f"{count:,} training examples are longer than {experiment.data.max_length} tokens: {name}.")
+    for part, lengths in (("training", prepared.lengths), ("held-out", prepared.held_out.lengths)):
+        for name, count in length_counts(lengths).items():
+            if count:
+                progress.say(f"{count:,} {part} examples are longer than {experiment.data.max_length} tokens: {name}.")
 
 
 def _fingerprint(prepared: Prepared) -> str:
     """Tells whether a checkpoint belongs to this model and this text."""
-    facts: Mapping[str, Any] = {
-        "model": prepared.base.fingerprint,
-        "text": prepared.dataset.version,
-        "sites": site_counts(prepared),
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(f"{prepared.base.fingerprint} {prepared.dataset.version}".encode())
+    for sites in (dict(prepared.train), prepared.held_out.test):
+        for name, examples in sites.items():
+            digest.update(f"{name} {len(examples)}".encode())
+            for example in examples:
+                digest.update(f"{example.record_id} {example.prompt_length} ".encode() + example.tokens.tobytes())
+    return digest.hexdigest()
 
 
 def _resume_command() -> str:
     """The command line that goes on with this run."""
     words = [word for word in sys.orig_argv[1:] if word != "--resume"]
-    return shlex.join(["python", *words, "--resume"])
+    return shlex.join([_interpreter(), *words, "--resume"])
+
+
+def _interpreter() -> str:
+    """This Python as a command, relative where it lies below the current folder."""
+    path = Path(sys.executable)
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

@@ -15,6 +15,7 @@ from fedjax_llm.experiment.compilation import CompileClock
 from fedjax_llm.experiment.prepare import Prepared
 from fedjax_llm.federation.communication import Exchange, exchange_of
 from fedjax_llm.federation.rounds import RoundPlan, RoundReport, initial_state, run_round
+from fedjax_llm.runs import environment
 from fedjax_llm.runs.checkpoints import Checkpoints
 from fedjax_llm.runs.metrics import MetricsLog
 from fedjax_llm.runs.progress import RunProgress
@@ -64,14 +65,14 @@ def run_rounds(prepared: Prepared, plan: RoundPlan, loop: Loop, progress: RunPro
         log = MetricsLog(loop.folder / "metrics.jsonl")
         log.truncate_after(done)
         exchange = exchange_in(prepared)
-        with Scalars(loop.folder / "tensorboard", done + 1 if done else None) as scalars:
+        with Scalars(loop.folder / "tensorboard", done + 1 if loop.resume else None) as scalars:
             while done < plan.federation.rounds:
                 state, line = _one_round(prepared, plan, state, loop, exchange)
                 log.append(line)  # before the checkpoint: a resumed run drops it or has it
                 validation = line["validation"]
                 extra = {"fingerprint": loop.fingerprint}
-                checkpoints.save(line["round"], state, extra, validation["nll"] if validation else None)
                 scalars.round(line)
+                checkpoints.save(line["round"], state, extra, validation["nll"] if validation else None)
                 progress.round(line)
                 done = line["round"]
         if output.select == "best" and (best := checkpoints.restore_best(state)) is not None:
@@ -113,6 +114,7 @@ def _one_round(
         "seconds": spent,
         "compile_seconds": compiling,
         "tokens_per_second": report.tokens / max(spent - compiling, 1e-9),
+        "peak_rss_bytes": environment.peak_rss_bytes(),
     }
     return state, metrics_line(number, report, exchange, validation) | {"timing": timing}
 

@@ -33,7 +33,7 @@ def clients_of(setting: Setting, sites: Sequence[tuple[str, tuple[EncodedExample
       sites: names and training examples.
 
     Raises:
-      UserError: two sites have one name, or a site has no training example.
+      UserError: two sites have one name, a name cannot name a folder, or a site has no training example.
     """
     names = [name for name, _ in sites]
     for name, examples in sites:
@@ -42,6 +42,8 @@ def clients_of(setting: Setting, sites: Sequence[tuple[str, tuple[EncodedExample
                 f"site {name!r} has no training example left; give it more records, a smaller held-out share, "
                 "a larger data.max_length, or leave it out"
             )
+        if name in (".", "..") or not name.strip() or set(name) & set("/\\\0\n"):
+            raise UserError(f"a site is called {name!r}; names must not be empty, nor hold slashes or line breaks")
         if names.count(name) > 1:
             raise UserError(f"two sites are called {name!r}; site names must be unique")
     if setting == "centralised":

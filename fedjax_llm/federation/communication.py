@@ -25,8 +25,9 @@ def exchange_of(setting: Setting, adapter_bytes: int, model_bytes: int) -> Excha
 
     The setting centralised moves the data itself to one place, which no number of bytes makes comparable.
     """
-    moved = adapter_bytes if setting == "federated" else 0
-    return Exchange(download=moved, upload=moved, full_model=model_bytes)
+    if setting != "federated":
+        return Exchange(download=0, upload=0, full_model=0)
+    return Exchange(download=adapter_bytes, upload=adapter_bytes, full_model=model_bytes)
 
 
 def seconds(nbytes: float, bandwidth_mbps: float) -> float:

@@ -1,6 +1,7 @@
 """From a name to a model that runs: the right family, every weight in its place, nothing silently left over."""
 
 import errno
+import math
 import os
 import re
 import shutil
@@ -23,6 +24,8 @@ from fedjax_llm.types import Params
 
 BaseType = Literal["float32", "bfloat16"]
 
+_CONVERSION = 1
+"""Raised whenever conversion gives other numbers or another tokenizer, so that no stale copy is read."""
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 """Tensors that old files carry and that are computed here."""
 
@@ -154,7 +157,7 @@ def converted(checkpoint: Checkpoint) -> Checkpoint:
     """
     from fedjax_llm.models.safetensors_format import read_folder
 
-    folder = cache_dir() / "converted" / checkpoint.fingerprint[:32]
+    folder = converted_folder(checkpoint.fingerprint)
     if not (folder / "config.json").exists():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -165,6 +168,11 @@ def converted(checkpoint: Checkpoint) -> Checkpoint:
             if not (folder / "config.json").exists():  # else another process was quicker
                 raise UserError(f"{folder} cannot be written: {error}") from error
     return replace(read_folder(folder), source=checkpoint.source, fingerprint=checkpoint.fingerprint)
+
+
+def converted_folder(fingerprint: str) -> Path:
+    """Where the conversion of a quantised checkpoint is kept; another way of converting has another place."""
+    return cache_dir() / "converted" / f"{fingerprint[:32]}-{_CONVERSION}"
 
 
 def save_folder(checkpoint: Checkpoint, folder: Path) -> None:
@@ -178,12 +186,12 @@ def save_folder(checkpoint: Checkpoint, folder: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    tensors = {name: np.ascontiguousarray(checkpoint.tensors[name], np.float32) for name in checkpoint.tensors}
-    needed = sum(array.nbytes for array in tensors.values())
+    needed = sum(4 * math.prod(checkpoint.tensors.shape(name)) for name in checkpoint.tensors)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(folder).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        tensors = {name: np.ascontiguousarray(checkpoint.tensors[name], np.float32) for name in checkpoint.tensors}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         if checkpoint.tokenizer is not None:
             checkpoint.tokenizer.save(folder)

@@ -4,7 +4,6 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -324,7 +323,7 @@ def _compiled(source: str) -> "jinja2.Template":
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     environment.filters["tojson"] = tojson
-    own = {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+    own = {"raise_exception": refuse}  # no strftime_now: a date in every prompt would make each day's tokens others
     return environment.from_string(source, globals=own)
 
 

@@ -38,7 +38,9 @@ def create(path: str | Path, config: Mapping[str, Any]) -> Path:
         raise UserError(f"cannot make the run's folder {folder}: {error.strerror}; choose another") from error
     with locked(folder):
         if (folder / CONFIG).exists():
-            raise UserError(f"{folder} holds another run; choose another folder, or continue that run with --resume")
+            raise UserError(
+                f"{folder} holds another run; choose another folder with --out, or continue that run with --resume"
+            )
         others = sorted(entry.name for entry in folder.iterdir() if entry.name != _LOCK)
         if others:
             shown = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")

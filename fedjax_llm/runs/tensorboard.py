@@ -30,6 +30,7 @@ class Scalars:
         """Writes every number of a metrics line under its path (``sites/nervous/loss``), at the line's round."""
         for name, value in scalars(line):
             self._writer.add_scalar(name, value, line["round"])
+        self._writer.flush()  # a checkpoint of this round may outlive the process
 
 
 def scalars(value: Any, path: str = "") -> Iterator[tuple[str, float]]:

@@ -51,7 +51,7 @@ def test_bad_columns(hub, options, message):
 
 def test_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"pip install 'fedjax-llm\[hub\]'"):
+    with pytest.raises(UserError, match="pip install datasets"):
         HubDataset("owner/cards").load()
 
 

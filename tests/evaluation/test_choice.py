@@ -59,6 +59,20 @@ def test_a_branch_scores_as_the_option_alone(kind, system):
         np.testing.assert_allclose(scores, expected, atol=1e-5)
 
 
+def test_rows_of_padding_stand_for_a_question_that_may_be_longer_than_they_are():
+    model, params = tiny_model(vocab_size=TOKENIZER.vocab_size)
+    questions = [ask("hand", "foot", text="Which? " * 8), *(ask("yes", "no", text=str(i)) for i in range(9))]
+    rows = [lay_out(question, TOKENIZER, None) for question in questions]
+    shapes = choose_shapes([row.encoded for row in rows], tokens_per_microbatch=160, buckets=2)
+    assert shapes[0].length < len(rows[0].encoded.tokens)
+    assert 9 % shapes[0].rows, "the last microbatch must have rows to spare"
+    together = score_options(model, SCALING, params, {}, rows, shapes=shapes, advance=lambda count: None)
+    longest = shapes[-1:]
+    for row, scores in zip(rows, together, strict=True):
+        (alone,) = score_options(model, SCALING, params, {}, [row], shapes=longest, advance=lambda count: None)
+        np.testing.assert_allclose(scores, alone, atol=1e-5)
+
+
 def test_the_order_of_the_options_changes_no_score():
     model, params = tiny_model(vocab_size=TOKENIZER.vocab_size)
     forwards, backwards = QUESTIONS[0].options, QUESTIONS[0].options[::-1]

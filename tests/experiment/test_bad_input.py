@@ -80,6 +80,9 @@ VALUES = {
     "--training.optimizer.learning-rate inf": "training.optimizer.learning_rate is inf; it must be a finite number",
     "--data.fractions.test 0.9": "validation 0.2 and test 0.9 leave nothing to train on",
     "--data.max-length 4": "data.max_length is 4; it must be at least 8",
+    "--data.max-length 100000": "data.max_length is 100000, but",
+    "--seed -1": "seed is -1; it must be at least 0 and below 2**31",
+    "--seed 2147483648": "seed is 2147483648; it must be at least 0",
     "--data.max-length 24": "are too long (up to 56 tokens); raise data.max_length",
     "--data.source.id-column ident": "coast.jsonl:1: no column 'ident'; known: answer, id, prompt",
     "--execution.buckets 0": "execution.buckets is 0",
@@ -190,7 +193,9 @@ def test_another_run_in_the_folder_is_left_alone(files, tmp_path, capsys):
     assert go(experiment, tmp_path / "run")[0] == 0
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert main([f"--config={files / 'small.py'}", "--out", str(tmp_path / "run"), "--setting=base"]) == 2
-    assert "holds another run; choose another folder, or continue that run with --resume" in capsys.readouterr().err
+    assert "holds another run; choose another folder with --out, or continue that run with --resume" in (
+        capsys.readouterr().err
+    )
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("Dear")

@@ -148,7 +148,7 @@ def test_interrupted_and_resumed(experiment, unbroken, tmp_path, monkeypatch, in
         status, seen = go(experiment, tmp_path / "run")
     assert status == 130
     kept = "No round was finished" if done is None else f"Everything up to round {done} is kept"
-    assert f"Stopped. {kept}. Go on with: python " in seen
+    assert f"Stopped. {kept}. Go on with: " in seen
     assert seen.rstrip().endswith("--resume")
     assert finished_steps(tmp_path / "run" / "checkpoints")[-1:] == ([] if done is None else [done])
     assert resumed(experiment, tmp_path / "run") == unbroken
@@ -178,9 +178,9 @@ def test_ctrl_c_at_the_command_line(files, tmp_path):
     assert done.returncode == 130
     assert "Traceback" not in done.stdout + done.stderr
     last = done.stdout.strip().splitlines()[-1]
-    assert last == (
-        "Stopped. Everything up to round 2 is kept. Go on with: python -m experiments.run "
-        f"--config={tmp_path}/pressed.py --out '{tmp_path}/a run' --resume"
+    assert last.startswith("Stopped. Everything up to round 2 is kept. Go on with: ")
+    assert last.endswith(
+        f"{Path(sys.executable).name} -m experiments.run --config={tmp_path}/pressed.py --out '{tmp_path}/a run' --resume"
     )
     plain = config.load(files)
     assert go(plain, tmp_path / "unbroken")[0] == 0

@@ -123,7 +123,7 @@ def test_what_the_user_reads(runs):
         "one update on the wire  1.79 kB",
         "round 3/3",
         f"Run folder: {folder}   Report: {folder}/report.html\n",
-        f"Ask it: python -m experiments.ask {folder} 'Who keeps",
+        f" -m experiments.ask {folder} 'Who keeps",
     ):
         assert words in seen
     _, base = runs["base"]

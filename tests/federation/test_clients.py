@@ -45,3 +45,9 @@ def test_settings_differ_in_steps_and_in_what_lasts(setting, keep, steps):
 @pytest.mark.parametrize("keep", ["yes", "no"])
 def test_what_the_experiment_says_about_the_optimizer_counts(setting, keep):
     assert local_training_of(setting, LocalTraining(keep_optimizer=keep), 5).keep_optimizer == keep
+
+
+@pytest.mark.parametrize("name", ["../up", "/etc", "..", "a\\b", " ", "two\nlines"])
+def test_a_name_that_cannot_name_a_folder_is_refused(name):
+    with pytest.raises(UserError, match=r"a site is called .*; names must not be empty, nor hold slashes"):
+        clients_of("local", [(name, (toy_example(1, 6, 2),))])

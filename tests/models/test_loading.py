@@ -161,7 +161,9 @@ def test_a_checkpoint_is_converted_once(folder, cache, monkeypatch):
     for found in (first, second):
         assert (found.source, found.fingerprint) == (checkpoint.source, checkpoint.fingerprint)
         np.testing.assert_array_equal(found.tensors[UP], checkpoint.tensors[UP])
-    assert [path.name for path in (cache / "converted").iterdir()] == [checkpoint.fingerprint[:32]]
+    assert [path.name for path in (cache / "converted").iterdir()] == [
+        loading.converted_folder(checkpoint.fingerprint).name
+    ]
 
 
 def test_an_interrupted_conversion_leaves_nothing(folder, cache, monkeypatch):
@@ -182,7 +184,7 @@ def test_another_process_may_be_quicker(folder, cache, monkeypatch):
 
     def slow(checkpoint, scratch):
         save_folder(checkpoint, scratch)
-        save_folder(checkpoint, cache / "converted" / checkpoint.fingerprint[:32])
+        save_folder(checkpoint, loading.converted_folder(checkpoint.fingerprint))
 
     monkeypatch.setattr(loading, "save_folder", slow)
     np.testing.assert_array_equal(converted(checkpoint).tensors[UP], checkpoint.tensors[UP])

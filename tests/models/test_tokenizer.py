@@ -226,7 +226,7 @@ TEMPLATES = [
     "  {% else %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% endif %}\n{% endfor %}",
     "{{ messages | tojson }} {{ messages[0] | tojson(indent=2) }} é<&> {{ tools is defined and tools }}",
     "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}"
-    "{% if ns.n == 2 %}{% continue %}{% endif %}{{ m.role }}{% break %}{% endfor %}{{ strftime_now('%Y') }}",
+    "{% if ns.n == 2 %}{% continue %}{% endif %}{{ m.role }}{% break %}{% endfor %}",
 ]
 
 
@@ -242,6 +242,11 @@ def test_renders_as_transformers_does(tmp_path, template):
         expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
         assert tokenizer.render(CHAT, prompt) == expected
         assert tokenizer.encode(expected) == theirs(expected, add_special_tokens=False)["input_ids"]
+
+
+def test_no_template_sees_the_date():
+    tokenizer = with_template("{{ strftime_now('%Y') if strftime_now is defined else 'a fixed date' }}")
+    assert tokenizer.render(CHAT, False) == "a fixed date"
 
 
 # Folders.

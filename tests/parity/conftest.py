@@ -6,11 +6,10 @@ import pytest
 @pytest.fixture(scope="session")
 def smollm2():
     """SmolLM2 as we load it, and the folder that we converted it to."""
-    from fedjax_llm.assets import cache_dir
-    from fedjax_llm.models.loading import load
+    from fedjax_llm.models.loading import converted_folder, load
 
     base = load("smollm2-135m-instruct")
-    return base, cache_dir() / "converted" / base.fingerprint[:32]
+    return base, converted_folder(base.fingerprint)
 
 
 @pytest.fixture
