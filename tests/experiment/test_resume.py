@@ -179,9 +179,8 @@ def test_ctrl_c_at_the_command_line(files, tmp_path):
     assert "Traceback" not in done.stdout + done.stderr
     last = done.stdout.strip().splitlines()[-1]
     assert last.startswith("Stopped. Everything up to round 2 is kept. Go on with: ")
-    assert last.endswith(
-        f"{Path(sys.executable).name} -m experiments.run --config={tmp_path}/pressed.py --out '{tmp_path}/a run' --resume"
-    )
+    options = f"--config={tmp_path}/pressed.py --out '{tmp_path}/a run' --resume"
+    assert last.endswith(f"{Path(sys.executable).name} -m experiments.run {options}")
     plain = config.load(files)
     assert go(plain, tmp_path / "unbroken")[0] == 0
     assert resumed(plain, tmp_path / "a run", "Going on after round 2") == outcome(tmp_path / "unbroken")
