@@ -24,8 +24,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from fedjax_llm import trees
 from fedjax_llm.data.packing import pack
-from fedjax_llm.errors import UserError
+from fedjax_llm.errors import UserError, tell
 from fedjax_llm.experiment.compilation import use_compilation_cache
 from fedjax_llm.experiment.synthetic import dense_plan, training_flops
 from fedjax_llm.federation.rounds import RoundPlan, run_round
@@ -95,8 +96,6 @@ def step_case(bench: Bench, base: BaseModel, plan: RoundPlan, state: RoundState,
     work = [[list(client.examples[: bench.batch])] for client in plan.clients]
     (batch,) = pack(work, plan.shapes, clients=bench.clients)
     rows = Rows(*(jnp.asarray(getattr(batch, name)) for name in Rows._fields))
-    from fedjax_llm import trees
-
     begun = client_update.start(plan.trainer, trees.repeat(state.adapters, bench.clients))
     keys = jax.random.split(jax.random.key(0), bench.clients)
     rates = np.ones(bench.clients, np.float32)
@@ -195,8 +194,7 @@ def main() -> int:
                     table.add_row(key, f"{value:,}" if isinstance(value, int | float) else str(value))
                 console.print(table, "")
     except UserError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        return 2
+        return tell(error)
     return 0
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from fedjax_llm.errors import UserError
+from fedjax_llm.errors import UserError, tell
 from fedjax_llm.runs.compare import compare, render
 
 
@@ -28,8 +28,7 @@ def main() -> int:
     try:
         tyro.cli(show, prog="python -m experiments.compare")
     except UserError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        return 2
+        return tell(error)
     return 0
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from fedjax_llm import config as configuration
 from fedjax_llm.config import Experiment
-from fedjax_llm.errors import UserError
+from fedjax_llm.errors import UserError, tell
 
 DEFAULT = "configs/quickstart.py"
 
@@ -51,8 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         return run(experiment, folder, resume=command.resume, console=console)
     except UserError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        return 2
+        return tell(error)
     except KeyboardInterrupt:
         console.print("Stopped.")
         return 130

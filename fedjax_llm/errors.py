@@ -26,3 +26,11 @@ def nearest(name: str, options: Iterable[str], most: int = 3) -> str:
         return "; did you mean " + " or ".join(repr(option) for option in close) + "?"
     shown = ", ".join(options[:20]) + (", ..." if len(options) > 20 else "")
     return f"; known: {shown}" if options else ""
+
+
+def tell(error: UserError) -> int:
+    """Prints the message on standard error, as it stands; returns the exit status of a main that ends with it."""
+    from rich.console import Console
+
+    Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    return 2

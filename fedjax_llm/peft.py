@@ -17,6 +17,7 @@ import numpy as np
 from fedjax_llm.errors import UserError, nearest
 from fedjax_llm.lora import Lora
 from fedjax_llm.models.causal_lm import CausalLM, module_paths
+from fedjax_llm.models.json_files import read_object
 from fedjax_llm.types import Adapters
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -273,13 +274,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
         raise UserError(f"{folder} has no {_CONFIG}, so it is no PEFT adapter{nearest(_CONFIG, names)}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} should hold a JSON object, and holds a {type(config).__name__}.")
-    return config
+    return read_object(path)
 
 
 def _read_weights(folder: Path) -> dict[str, np.ndarray]:

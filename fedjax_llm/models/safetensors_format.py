@@ -1,7 +1,6 @@
 """Model folders as Hugging Face lays them out: config.json, safetensors (one file or shards), tokenizer files."""
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 from fedjax_llm.errors import UserError, nearest
 from fedjax_llm.models import tokenizer as tokenizers
 from fedjax_llm.models.checkpoint import Checkpoint, LazyTensor, LazyTensors, fingerprint_of
+from fedjax_llm.models.json_files import read_object
 
 _INDEX = "model.safetensors.index.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -31,7 +31,7 @@ def read_folder(folder: Path, source: str | None = None) -> Checkpoint:
     config_path = folder / "config.json"
     if not config_path.is_file():
         raise UserError(_no_config(folder))
-    config = _read_object(config_path)
+    config = read_object(config_path)
     if "quantization_config" in config:
         method = config["quantization_config"].get("quant_method", "unknown")
         raise UserError(
@@ -52,7 +52,7 @@ def _shards(folder: Path) -> list[Path]:
     """The weight files: those of the index, else ``model.safetensors``, else all there are. Sorted by name."""
     index = folder / _INDEX
     if index.is_file():
-        content = _read_object(index)
+        content = read_object(index)
         if not isinstance(content.get("weight_map"), dict):
             raise UserError(f"{index} has no weight_map. Download it again.")
         names = sorted(set(content["weight_map"].values()))
@@ -119,14 +119,3 @@ def _no_weights(folder: Path) -> str:
 def _names(folder: Path) -> list[str]:
     """The names in a folder."""
     return [path.name for path in folder.iterdir()]
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} should hold a JSON object, and holds a {type(content).__name__}.")
-    return content

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fedjax_llm.errors import UserError
+from fedjax_llm.models.json_files import read_object
 
 if TYPE_CHECKING:
     import jinja2
@@ -329,12 +330,7 @@ def _compiled(source: str) -> "jinja2.Template":
 
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object, empty where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
+    return read_object(path) if path.is_file() else {}
 
 
 def _write_json(path: Path, value: Any) -> None:
