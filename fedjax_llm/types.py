@@ -93,3 +93,5 @@ class RoundState:
 
 Setting = Literal["federated", "centralised", "local", "base"]
 """federated; one client that holds everything; every site for itself; the untouched base model."""
+Unit = Literal["record", "patient", "site"]
+"""Whose presence differential privacy hides: one record, all records of one owner, or all data of one site."""
