@@ -33,6 +33,8 @@ class Lora:
       dropout: probability of dropping a component of the adapter's input in training.
       init: of ``a``: ``kaiming`` is uniform within 1 / sqrt(in) (PEFT's default), ``gaussian`` has deviation 1 / rank.
       dtype: of the adapters.
+      train: ``both`` factors, or ``b`` alone, with ``a`` as it was drawn (FFA-LoRA, Sun et al. 2024, arXiv 2403.12313):
+        half as much travels, the clients' mean is exact, and noise enters linearly.
     """
 
     rank: int = 8
@@ -42,6 +44,7 @@ class Lora:
     dropout: float = 0.0
     init: Literal["kaiming", "gaussian"] = "kaiming"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    train: Literal["both", "b"] = "both"
 
     def __post_init__(self) -> None:
         """Refuses impossible values."""
@@ -104,6 +107,18 @@ def init(key: Array, lora: Lora, model: CausalLM) -> Adapters:
             a = jax.random.normal(own, (fan_in, lora.rank), jnp.float32) / lora.rank
         adapters[path] = {"a": a.astype(lora.dtype), "b": jnp.zeros((lora.rank, fan_out), lora.dtype)}
     return adapters
+
+
+def split(adapters: Adapters, train: Literal["both", "b"]) -> tuple[Adapters, Adapters]:
+    """The factors that are trained, and those that stay as they are."""
+    if train == "both":
+        return adapters, {}
+    return tuple({path: {name: factors[name]} for path, factors in adapters.items()} for name in "ba")
+
+
+def join(trained: Adapters, frozen: Adapters) -> Adapters:
+    """The inverse of :func:`split`. Trained factors may have leading axes that frozen ones lack."""
+    return {path: {**frozen.get(path, {}), **factors} for path, factors in trained.items()}
 
 
 def scaled(adapters: Adapters, scaling: float) -> Adapters:

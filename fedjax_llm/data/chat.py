@@ -1,7 +1,7 @@
 """From chat messages to tokens, with the tokenizer's own chat template; the loss is on the answer alone."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -83,12 +83,12 @@ def encode_records(
     truncated = dropped = longest = 0
     for record in records:
         for example in record.examples:
-            one = encode_example(with_system(example, system), tokenizer, record.id)
+            one = replace(encode_example(with_system(example, system), tokenizer, record.id), owner=record.owner)
             longest = max(longest, len(one.tokens))
             if len(one.tokens) <= max_length:
                 encoded.append(one)
             elif too_long == "truncate" and one.prompt_length < max_length:
-                encoded.append(EncodedExample(one.record_id, one.tokens[:max_length], one.prompt_length))
+                encoded.append(replace(one, tokens=one.tokens[:max_length]))
                 truncated += 1
             else:
                 dropped += 1

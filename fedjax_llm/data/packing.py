@@ -34,6 +34,8 @@ class Microbatch:
       client: int32 [M], the slot of the row's client; padding rows have slot 0 and no targets.
       step: int32 [M], the row's local step.
       index: int32 [M], the row's place in its step's batch.
+      unit: int32 [M], the number within the microbatch of the privacy unit that the row belongs to.
+      examples: what each of the first rows holds; the rest are padding.
       target_row: int32 [K], the row of a target slot.
       target_position: int32 [K], the position whose hidden state predicts it.
       target_token: int32 [K].
@@ -48,6 +50,8 @@ class Microbatch:
     client: np.ndarray
     step: np.ndarray
     index: np.ndarray
+    unit: np.ndarray
+    examples: tuple[EncodedExample, ...]
     target_row: np.ndarray
     target_position: np.ndarray
     target_token: np.ndarray
@@ -58,13 +62,24 @@ class Microbatch:
     real_tokens: int
 
 
-class _Row(NamedTuple):
-    """One (client, example) pair that waits to be packed."""
+Unit = EncodedExample | tuple[EncodedExample, ...]
+"""What is packed as a whole: an example, or the examples of one privacy unit, whose gradient is bounded together."""
+_NOTHING = EncodedExample("", np.zeros(1, np.int32), 1)
+"""The one row of a step without examples: it has no target, so its loss and its gradient are zero."""
+
+
+class _Group(NamedTuple):
+    """The rows of one unit in one step of a client, waiting to be packed into one microbatch."""
 
     client: int
     step: int
     index: int
-    example: EncodedExample
+    examples: tuple[EncodedExample, ...]
+
+    @property
+    def length(self) -> int:
+        """Of its longest row."""
+        return max(len(example.tokens) for example in self.examples)
 
 
 def target_count(example: EncodedExample) -> int:
@@ -72,13 +87,16 @@ def target_count(example: EncodedExample) -> int:
     return len(example.tokens) - max(example.prompt_length, 1)
 
 
-def choose_shapes(examples: Sequence[EncodedExample], *, tokens_per_microbatch: int, buckets: int) -> tuple[Shape, ...]:
+def choose_shapes(
+    examples: Sequence[EncodedExample], *, tokens_per_microbatch: int, buckets: int, rows_of_unit: int = 1
+) -> tuple[Shape, ...]:
     """A few shapes, cut from the data's own lengths so that padding is least.
 
     Args:
       examples: those that may have to be packed; the longest of them must fit.
       tokens_per_microbatch: M * L of every shape, about; it bounds the memory of a training step.
       buckets: how many shapes at most. Each one is compiled once.
+      rows_of_unit: how many rows must fit together, whatever the memory.
 
     Returns:
       Shapes of increasing length. Each has target slots for somewhat more than its rows have on average.
@@ -89,8 +107,8 @@ def choose_shapes(examples: Sequence[EncodedExample], *, tokens_per_microbatch: 
     shapes, shorter = [], 0
     for edge in edges:
         inside = (lengths > shorter) & (lengths <= edge)
-        rows = max(1, round(tokens_per_microbatch / edge))
-        wanted = max(int(targets[lengths <= edge].max()), int(1.15 * rows * targets[inside].mean()))
+        rows = max(rows_of_unit, round(tokens_per_microbatch / edge))
+        wanted = max(rows_of_unit * int(targets[lengths <= edge].max()), int(1.15 * rows * targets[inside].mean()))
         shapes.append(Shape(rows, int(edge), min(_round_up(wanted, 32), rows * int(edge))))
         shorter = edge
     return tuple(shapes)
@@ -122,79 +140,93 @@ def _least_padding(lengths: np.ndarray, buckets: int) -> list[int]:
 
 
 def pack(
-    work: Sequence[Sequence[Sequence[EncodedExample]]],
+    work: Sequence[Sequence[Sequence[Unit]]],
     shapes: Sequence[Shape],
     *,
     clients: int,
     per_token: bool = False,
+    denominators: Sequence[float] | None = None,
 ) -> Iterator[Microbatch]:
     """Packs every example of every step of every client, each exactly once.
 
     Args:
-      work: ``work[c][s]`` are the examples of step ``s`` of the client in slot ``c``. A step must not be empty.
+      work: ``work[c][s]`` are the units of step ``s`` of the client in slot ``c``: examples, or tuples of examples that
+        stay in one microbatch and weigh as much as one example together. A step without any takes one empty row, so
+        that it is finished like the others.
       shapes: from :func:`choose_shapes`; the longest must hold the longest example.
       clients: C, the number of slots.
       per_token: weigh every target token of a step alike (divide by the step's tokens), rather than every example
         alike (mean over an example's tokens, divide by the step's examples).
+      denominators: what the summed gradients of each client's steps are divided by, in place of the realised batch.
 
     Yields:
       Microbatches, in the order in which they must be run.
     """
-    waiting: list[_Row] = []
+    waiting: list[_Group] = []
     left = np.zeros(clients, np.int64)  # rows of a client's open step that are not packed yet
     opened = np.zeros(clients, np.int64)  # the number of the open step
 
     def open_step(client: int, step: int) -> None:
         if step < len(work[client]):
-            examples = work[client][step]
-            waiting.extend(_Row(client, step, index, example) for index, example in enumerate(examples))
-            left[client], opened[client] = len(examples), step
+            index = 0
+            for unit in work[client][step] or (_NOTHING,):
+                group = _Group(client, step, index, unit if isinstance(unit, tuple) else (unit,))
+                waiting.append(group)
+                index += len(group.examples)
+            left[client], opened[client] = max(len(work[client][step]), 1), step
 
     for client in range(len(work)):
         open_step(client, 0)
     while waiting:
-        shape, chosen = _next_rows(waiting, shapes)
-        for row in chosen:
-            waiting.remove(row)
-            left[row.client] -= 1
-        done = sorted({row.client for row in chosen if left[row.client] == 0})
-        divide = {c: _denominator(work[c][int(opened[c])], per_token) for c in done}
+        shape, chosen = _next_groups(waiting, shapes)
+        taken = {id(group) for group in chosen}
+        waiting = [group for group in waiting if id(group) not in taken]
+        for group in chosen:
+            left[group.client] -= 1
+        done = sorted({group.client for group in chosen if left[group.client] == 0})
+        if denominators is None:
+            divide = {c: _denominator(work[c][int(opened[c])], per_token) for c in done}
+        else:
+            divide = {c: denominators[c] for c in done}
         yield _assemble(chosen, shape, clients, per_token, divide, {c: int(opened[c]) for c in done})
         for client in done:
             open_step(client, int(opened[client]) + 1)
 
 
-def _denominator(examples: Sequence[EncodedExample], per_token: bool) -> float:
-    """What a step's summed gradient is divided by."""
-    return float(sum(map(target_count, examples)) if per_token else len(examples))
+def _denominator(units: Sequence[Unit], per_token: bool) -> float:
+    """What a step's summed gradient is divided by: its units, or its target tokens."""
+    if not per_token:
+        return float(max(len(units), 1))
+    return float(sum(target_count(one) for unit in units for one in (unit if isinstance(unit, tuple) else (unit,))))
 
 
-def _next_rows(waiting: Sequence[_Row], shapes: Sequence[Shape]) -> tuple[Shape, list[_Row]]:
+def _next_groups(waiting: Sequence[_Group], shapes: Sequence[Shape]) -> tuple[Shape, list[_Group]]:
     """The shape that the waiting rows fill best, and the rows: long ones wait until there are enough of them."""
-    ordered = sorted(waiting, key=lambda row: (-len(row.example.tokens), row.step, row.client, row.index))
+    ordered = sorted(waiting, key=lambda group: (-group.length, group.step, group.client, group.index))
 
-    def filled(option: tuple[Shape, list[_Row]]) -> float:
-        shape, rows = option
-        return sum(len(row.example.tokens) for row in rows) / (shape.rows * shape.length)
+    def filled(option: tuple[Shape, list[_Group]]) -> float:
+        shape, groups = option
+        return sum(len(one.tokens) for group in groups for one in group.examples) / (shape.rows * shape.length)
 
-    shape, rows = max(((shape, _fill(ordered, shape)) for shape in shapes), key=filled)
-    assert rows, "the longest shape holds every row"
-    return shape, rows
+    shape, groups = max(((shape, _fill(ordered, shape)) for shape in shapes), key=filled)
+    assert groups, "the longest shape holds every unit"
+    return shape, groups
 
 
-def _fill(ordered: Sequence[_Row], shape: Shape) -> list[_Row]:
-    """The longest waiting rows that fit a shape, within its rows and its target slots."""
-    chosen, slots = [], shape.targets
-    for row in ordered:
-        wanted = target_count(row.example)
-        if len(chosen) < shape.rows and len(row.example.tokens) <= shape.length and wanted <= slots:
-            chosen.append(row)
+def _fill(ordered: Sequence[_Group], shape: Shape) -> list[_Group]:
+    """The longest waiting units that fit a shape, within its rows and its target slots."""
+    chosen, slots, rows = [], shape.targets, shape.rows
+    for group in ordered:
+        wanted = sum(map(target_count, group.examples))
+        if len(group.examples) <= rows and group.length <= shape.length and wanted <= slots:
+            chosen.append(group)
             slots -= wanted
+            rows -= len(group.examples)
     return chosen
 
 
 def _assemble(
-    rows: Sequence[_Row],
+    groups: Sequence[_Group],
     shape: Shape,
     clients: int,
     per_token: bool,
@@ -203,25 +235,29 @@ def _assemble(
 ) -> Microbatch:
     """Lays rows out as arrays."""
     tokens = np.zeros((shape.rows, shape.length), np.int32)
-    client, step, index = (np.zeros(shape.rows, np.int32) for _ in range(3))
+    client, step, index, unit = (np.zeros(shape.rows, np.int32) for _ in range(4))
     target_row, position, token = (np.zeros(shape.targets, np.int32) for _ in range(3))
     weight = np.zeros(shape.targets, np.float32)
+    rows = [(number, group, place) for number, group in enumerate(groups) for place in range(len(group.examples))]
     slot = 0
-    for m, row in enumerate(rows):
-        example, count = row.example, target_count(row.example)
+    for m, (number, group, place) in enumerate(rows):
+        example = group.examples[place]
+        count = target_count(example)
         tokens[m, : len(example.tokens)] = example.tokens
-        client[m], step[m], index[m] = row.client, row.step, row.index
+        client[m], step[m], index[m], unit[m] = group.client, group.step, group.index + place, number
         taken = slice(slot, slot + count)
         first = len(example.tokens) - count
         target_row[taken], token[taken] = m, example.tokens[first:]
         position[taken] = np.arange(first - 1, len(example.tokens) - 1)
-        weight[taken] = 1.0 if per_token else 1.0 / max(count, 1)
+        weight[taken] = 1.0 if per_token else 1.0 / (max(count, 1) * len(group.examples))
         slot += count
     finished, denominator = np.zeros(clients, bool), np.ones(clients, np.float32)
     finished_step = np.zeros(clients, np.int32)
     for c, value in denominators.items():
         finished[c], denominator[c], finished_step[c] = True, value, steps[c]
+    examples = tuple(group.examples[place] for _, group, place in rows)
     return Microbatch(
-        tokens, client, step, index, target_row, position, token, weight, finished, denominator, finished_step,
-        real_tokens=sum(len(row.example.tokens) for row in rows),
+        tokens, client, step, index, unit, examples, target_row, position, token, weight,
+        finished, denominator, finished_step,
+        real_tokens=sum(len(example.tokens) for example in examples if example is not _NOTHING),
     )  # fmt: skip

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from fedjax_llm.types import Unit
+
 
 @dataclass(frozen=True)
 class Message:
@@ -94,8 +96,25 @@ class EncodedExample:
       tokens: int32 ``[L]``; prompt, then answer with its end-of-turn token.
       prompt_length: how many of them are prompt. Targets are ``tokens[prompt_length:]``, each predicted from the
         position before it.
+      owner: whose record it is (``None``: the record is its own owner).
     """
 
     record_id: str
     tokens: np.ndarray
     prompt_length: int
+    owner: str | None = None
+
+
+def units_of(examples: Sequence[EncodedExample], unit: Unit) -> tuple[tuple[EncodedExample, ...], ...]:
+    """A site's examples by privacy unit: by record, by owner (a record without one is its own), or all together."""
+    found: dict[tuple[str, str], list[EncodedExample]] = {}
+    for example in examples:
+        found.setdefault(unit_name(example.record_id, example.owner, unit), []).append(example)
+    return tuple(tuple(group) for group in found.values())
+
+
+def unit_name(record_id: str, owner: str | None, unit: Unit) -> tuple[str, str]:
+    """The privacy unit that a record of a site belongs to."""
+    if unit == "site":
+        return "site", ""
+    return ("owner", owner) if unit == "patient" and owner is not None else ("record", record_id)
