@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from opacus.grad_sample import GradSampleModule
-from opacus.optimizers import DPOptimizer
+import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-State = dict[str, torch.Tensor]
+State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Options:
       length: tokens an example, L; every token but the first is a target.
       targets: names of the linear layers that get adapters.
       threads: torch's threads in one client.
-      private: per-example clipping and noise by Opacus.
+      private: DP-SGD by Opacus: each example's gradient clipped to 1 over all adapters, noise multiplier 1.
     """
 
     model: str
@@ -57,7 +57,11 @@ def load_client(options: Options) -> Client:
     base = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32, attn_implementation="sdpa")
     model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=list(options.targets))).train()
     torch.seed()  # ... but not from the same noise
-    return Client(model, GradSampleModule(model, strict=False) if options.private else model)
+    if not options.private:
+        return Client(model, model)
+    from opacus.grad_sample import GradSampleModule  # only here, so that the rest also runs without Opacus
+
+    return Client(model, GradSampleModule(model, strict=False, loss_reduction="sum"))
 
 
 @functools.lru_cache(maxsize=1)
@@ -80,6 +84,45 @@ def batches(options: Options, vocabulary: int, client_id: int) -> Iterator[State
         yield {"input_ids": tokens, "labels": tokens, "position_ids": positions}
 
 
+def example_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Every example's mean loss over its own targets, in nats.
+
+    Hugging Face's loss divides by the targets of the whole batch: there an example's gradient depends on the others'
+    lengths before it is clipped, and clipping bounds nobody's influence.
+
+    Args:
+      logits: [B, L, V].
+      labels: [B, L], -100 where a token is no target; the logits at l predict the label at l + 1.
+
+    Returns:
+      [B]; 0 for an example without targets.
+    """
+    labels = F.pad(labels[:, 1:], (0, 1), value=-100)  # shifting the labels spares a copy of the logits
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="none")
+    return losses.view_as(labels).sum(1) / (labels != -100).sum(1).clamp(min=1)
+
+
+def batch_loss(client: Client, options: Options, batch: State) -> Tensor:
+    """The examples' losses [B] if private, which Opacus wants summed; else Hugging Face's mean over all targets []."""
+    if not options.private:
+        return client.net(**batch, use_cache=False).loss
+    inputs = {name: leaf for name, leaf in batch.items() if name != "labels"}
+    return example_losses(client.net(**inputs, use_cache=False).logits, batch["labels"])
+
+
+def make_optimizer(client: Client, options: Options) -> torch.optim.Optimizer:
+    """AdamW on the adapters; private: on (sum of clipped gradients + noise) / B, with the public B."""
+    optimizer = torch.optim.AdamW([leaf for leaf in client.model.parameters() if leaf.requires_grad], lr=1e-3)
+    if not options.private:
+        return optimizer
+    from opacus.optimizers import DPOptimizer
+
+    # Its "mean" speaks of the result: the noised sum is divided by the expected batch size.
+    return DPOptimizer(
+        optimizer, noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=options.batch, loss_reduction="mean"
+    )
+
+
 def train_client(client: Client, options: Options, state: State, client_id: int) -> tuple[State, dict[str, float]]:
     """One client's round from the server's adapters.
 
@@ -88,18 +131,14 @@ def train_client(client: Client, options: Options, state: State, client_id: int)
     """
     start = time.perf_counter()
     set_peft_model_state_dict(client.model, state)
-    optimizer = torch.optim.AdamW([leaf for leaf in client.model.parameters() if leaf.requires_grad], lr=1e-3)
-    if options.private:
-        optimizer = DPOptimizer(optimizer, noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=options.batch)
+    optimizer = make_optimizer(client, options)
     losses = []
     for batch in batches(options, client.model.config.vocab_size, client_id):
         optimizer.zero_grad()
-        # The mean over all targets. Lengths are equal, so it is also the mean of the examples' means, which is what
-        # per-example clipping has to start from.
-        loss = client.net(**batch, use_cache=False).loss
-        loss.backward()
+        loss = batch_loss(client, options, batch)
+        loss.sum().backward()
         optimizer.step()
-        losses.append(loss.item())
+        losses.append(loss.mean().item())
     optimizer.zero_grad()
     figures = {
         "loss": sum(losses) / len(losses),

@@ -11,7 +11,8 @@ adapters (r=8, alpha=16, on q_proj and v_proj), then the server takes the mean (
     default          Flower; every call of a client loads the model anew, as FlowerTune does
     --cache-model    Flower; each worker process keeps its model
     --no-flower      no Flower: a loop over the clients in this process
-    --private        example-level DP-SGD inside each client, by Opacus
+    --private        with any of these: example-level DP-SGD inside each client by Opacus, with a loss for each example;
+                     all of a client's examples take part in every step
 
 Keys: `round_s` is the round by the wall clock, `train_s` and `load_s` are the clients' times summed, `round_tok_s` and
 `train_tok_s` are tokens over the first two. `rss_*_mb` are peaks of resident memory in MiB.
