@@ -117,9 +117,8 @@ def create(path: Path, header: Header) -> Ledger:
     line, digest = _sealed(_header_fields(header))
     temporary = path.with_name(path.name + ".new")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "wb", buffering=0) as file:
             file.write(line)
-            file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
@@ -138,8 +137,7 @@ def reopen(path: Path, header: Header, known: str | None) -> Ledger:
         ledger is made.
 
     Raises:
-      UserError: the ledger is missing or damaged, has lost the entries that the checkpoint was made after, or is of
-        other settings.
+      UserError: the ledger is missing, damaged, shorter than at the checkpoint, or of other settings.
     """
     if known is None and not path.exists():
         return create(path, header)
@@ -159,9 +157,8 @@ def reopen(path: Path, header: Header, known: str | None) -> Ledger:
 def append(ledger: Ledger, round: int, computation: str, events: Mapping[str, Event], repeatable: bool) -> int:  # noqa: A002
     """Charges a round that is about to be released; when this returns, the entry is on the disk.
 
-    A round that a killed run had charged already is charged again, for another attempt with fresh noise, unless the
-    very same bits will be released: that is no second release. This is so where randomness is ``repeatable``, the
-    computation is that of the round's last entry, and no earlier round was released anew after it.
+    A round that a killed run had charged already is charged again, for another attempt with fresh noise, unless
+    randomness is ``repeatable`` and the very same bits will be released: :func:`repeats`.
 
     Args:
       ledger: of the run.
@@ -181,18 +178,23 @@ def append(ledger: Ledger, round: int, computation: str, events: Mapping[str, Ev
     if unknown:
         raise ValueError(f"the ledger has no accounts {sorted(unknown)}")
     entries = ledger.contents.entries
-    last = next((entry for entry in reversed(entries) if entry.round == round), None)
-    if last is not None and repeatable and (last.computation, last.events) == (computation, dict(events)):
-        # An earlier round drawn anew since gives this one another state, which its old noise must never meet.
-        anew = any(later.round < round for later in entries[last.index + 1 :])
-        if not anew:
-            return last.attempt
+    last = _last(entries, round)
+    if last is not None and repeatable and repeats(ledger.contents, round, computation, events):
+        return last.attempt
     entry = Entry(len(entries), round, 0 if last is None else last.attempt + 1, computation, dict(events))
-    line, digest = _sealed(_entry_fields(entry, head(ledger.contents)))
+    line, digest = _sealed(dataclasses.asdict(entry) | {"previous": head(ledger.contents)})
     size = _write_line(ledger, line)
-    header, hashes = ledger.contents.header, ledger.contents.hashes
-    ledger.contents = Contents(header, (*entries, entry), (*hashes, digest), size)
+    ledger.contents = Contents(ledger.contents.header, (*entries, entry), (*ledger.contents.hashes, digest), size)
     return entry.attempt
+
+
+def repeats(contents: Contents, round: int, computation: str, events: Mapping[str, Event]) -> bool:  # noqa: A002
+    """Whether a round would release the very bits that its last entry stands for, where keys are repeatable."""
+    last = _last(contents.entries, round)
+    if last is None or (last.computation, last.events) != (computation, dict(events)):
+        return False
+    # An earlier round drawn anew since gives this one another state, which its old noise must never meet.
+    return not any(later.round < round for later in contents.entries[last.index + 1 :])
 
 
 def read(path: Path) -> Contents:
@@ -208,9 +210,7 @@ def read(path: Path) -> Contents:
         raw = path.read_bytes()
     except OSError as error:
         what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-        raise UserError(
-            f"{path} {what}: without its ledger nobody can tell what a private run released, and it cannot go on"
-        ) from error
+        raise UserError(f"{path} {what}; without it nobody can tell what a private run released") from error
     *lines, tail = raw.split(b"\n")
     lines += [tail] if _complete(tail) else []
     torn = 0 if _complete(tail) else len(tail)
@@ -285,6 +285,11 @@ def config_hash(config: Mapping[str, Any], may_change: Sequence[str] = ()) -> st
     return hashlib.sha256(_canonical(kept(config, ""))).hexdigest()
 
 
+def _last(entries: Sequence[Entry], round: int) -> Entry | None:  # noqa: A002
+    """The newest entry of a round."""
+    return next((entry for entry in reversed(entries) if entry.round == round), None)
+
+
 def _added(spent: Mapping[str, tuple[Event, ...]], entries: Sequence[Entry]) -> dict[str, tuple[Event, ...]]:
     """Merged events by account, with those of some entries added."""
     total = dict(spent)
@@ -332,11 +337,6 @@ def _header(fields: Mapping[str, Any]) -> Header:
     shared = tuple(tuple(names) for names in fields["shared"])
     values: dict[str, Any] = {**fields, "accounts": dict(fields["accounts"]), "shared": shared}
     return Header(**values)
-
-
-def _entry_fields(entry: Entry, previous: str) -> dict[str, Any]:
-    """An entry as JSON has it."""
-    return dataclasses.asdict(entry) | {"previous": previous}
 
 
 def _entry(fields: dict[str, Any], index: int, previous: str) -> Entry:
