@@ -11,9 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from fedjax_llm.errors import UserError
+from fedjax_llm.runs import statement
 from fedjax_llm.runs.directory import read_json
 from fedjax_llm.runs.progress import byte_size, duration, with_interval
 from fedjax_llm.runs.summary import MEASURES, macro_paired_difference, paired_difference, restrict, summarise_evaluation
+
+_MOST_SITES = 40  # rows of a table
 
 _LABELS = {
     "nll": "nats per answer token",
@@ -28,8 +31,9 @@ class Comparison:
     """What :func:`compare` finds; all of it is JSON-able (``dataclasses.asdict``).
 
     Attributes:
-      runs: by name, in the order given: ``setting``, ``rounds``, ``tokens``, ``bytes`` (up and down), ``seconds``, and
-        the macro figures of :func:`~fedjax_llm.runs.summary.summarise_evaluation` with their bounds.
+      runs: by name, in the order given: ``setting``, ``rounds`` (done) of ``planned``, ``tokens``, ``bytes`` (up and
+        down), ``seconds``, ``privacy`` (``epsilon``, ``delta``, ``unit`` and ``adjacency``; ``None``: no differential
+        privacy), and the macro figures of :func:`~fedjax_llm.runs.summary.summarise_evaluation` with their bounds.
       sites: by site and run, ``nll, nll_low, nll_high`` (nats per answer token).
       differences: by run (but the first), ``macro`` and ``sites``: this run minus the first, over shared records.
       warnings: what makes the comparison less than fair.
@@ -71,9 +75,11 @@ def compare(paths: Sequence[str | Path], seed: int = 0, resamples: int = 2000) -
                 differences[name] = {"macro": macro_paired_difference(*pair), "sites": paired_difference(*pair)}
             except UserError as error:
                 warnings.append(f"{name} and {first} cannot be paired: {error}")
+    rows = {name: _row(summaries[name], figures[name]) for name in folders}
+    warnings += _unlike_guarantees(rows)
     sites = list(dict.fromkeys(site for one in figures.values() for site in one["sites"]))
     return Comparison(
-        runs={name: _row(summaries[name], figures[name]) for name in folders},
+        runs=rows,
         sites={
             site: {name: _loss(one["sites"][site]) for name, one in figures.items() if site in one["sites"]}
             for site in sites
@@ -111,13 +117,28 @@ def _evaluated(evaluation: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _row(summary: Mapping[str, Any], figures: Mapping[str, Any]) -> dict[str, Any]:
     """A run's part of the comparison."""
+    privacy = summary.get("privacy")
     return {
         "setting": summary["setting"],
-        "rounds": summary.get("rounds") or 0,
+        "rounds": summary.get("rounds_done", summary.get("rounds")) or 0,
+        "planned": summary.get("rounds") or 0,
         "tokens": summary.get("tokens_trained") or 0,
         "bytes": (summary.get("upload_bytes") or 0) + (summary.get("download_bytes") or 0),
         "seconds": summary.get("train_seconds") or 0.0,
+        "privacy": privacy and {name: privacy[name] for name in ("epsilon", "delta", "unit", "adjacency")},
     } | {name: value for name, value in figures.items() if name not in ("sites", "guessers")}
+
+
+def _unlike_guarantees(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A warning where epsilons cannot be compared, because they are not of the same unit and delta."""
+    kinds: dict[str, list[str]] = {}
+    for name, row in rows.items():
+        if row["privacy"]:
+            kinds.setdefault(statement.terms(row["privacy"]), []).append(name)
+    if len(kinds) < 2:
+        return []
+    told = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items())
+    return [f"the runs' epsilons are not of the same unit and delta, a smaller one need not protect more ({told})"]
 
 
 def _loss(figures: Mapping[str, Any]) -> dict[str, float]:
@@ -166,7 +187,8 @@ def _figures_table(comparison: Comparison) -> Table:
     runs = comparison.runs.values()
     table = _table("Runs (macro means over sites, 95% intervals)", "", list(comparison.runs))
     table.add_row("setting", *(Text(run["setting"]) for run in runs))
-    table.add_row("rounds", *(f"{run['rounds']:,}" for run in runs))
+    table.add_row("rounds", *(_rounds(run) for run in runs))
+    table.add_row("privacy", *(_guarantee(run["privacy"]) for run in runs))
     table.add_row("tokens trained", *(f"{run['tokens']:,}" for run in runs))
     for measure in MEASURES:
         table.add_row(_LABELS[measure], *(_cell(with_interval(run, measure)) for run in runs))
@@ -175,10 +197,30 @@ def _figures_table(comparison: Comparison) -> Table:
     return table
 
 
+def _rounds(run: Mapping[str, Any]) -> str:
+    """Rounds done, of those planned where it is not all."""
+    return f"{run['rounds']:,}" + (f" of {run['planned']:,}" if run["rounds"] != run["planned"] else "")
+
+
+def _guarantee(privacy: Mapping[str, Any] | None) -> str:
+    """Epsilon with adjacency, unit and delta, a line each."""
+    if privacy is None:
+        return "none"
+    return "\n".join([f"epsilon {statement.bound(privacy['epsilon'])}", *statement.terms(privacy).split(", ")])
+
+
+def _first_sites(sites: Sequence[str], table: Table) -> Sequence[str]:
+    """The sites that a table shows; what it leaves out is said in its caption."""
+    if len(sites) > _MOST_SITES:
+        table.caption, table.caption_justify = f"... and {len(sites) - _MOST_SITES:,} more sites", "left"
+    return sites[:_MOST_SITES]
+
+
 def _sites_table(comparison: Comparison) -> Table:
     """Loss by site."""
     table = _table("Held-out loss by site (nats per answer token)", "site", list(comparison.runs))
-    for site, figures in comparison.sites.items():
+    for site in _first_sites(list(comparison.sites), table):
+        figures = comparison.sites[site]
         table.add_row(Text(site), *(_cell(with_interval(figures.get(name, {}), "nll")) for name in comparison.runs))
     return table
 
@@ -190,7 +232,7 @@ def _differences_table(comparison: Comparison) -> Table:
     table = _table(title, f"minus {first}", list(comparison.differences))
     found = comparison.differences.values()
     table.add_row("macro mean", *(_cell(_signed(one["macro"])) for one in found))
-    for site in dict.fromkeys(site for one in found for site in one["sites"]):
+    for site in _first_sites(list(dict.fromkeys(site for one in found for site in one["sites"])), table):
         table.add_row(Text(site), *(_cell(_signed(one["sites"].get(site))) for one in found))
     return table
 

@@ -58,7 +58,8 @@ def curves(mean: Sequence[tuple[int, float]], sites: Mapping[str, Sequence[tuple
     with _styled():
         figure, axes = _figure(3.6)
         for points in sites.values():
-            axes.plot(*_columns(points), color=_BASE, linewidth=0.9, alpha=0.6)
+            dot = "." if len(points) == 1 else ""
+            axes.plot(*_columns(points), color=_BASE, linewidth=0.9, alpha=0.6, marker=dot)
         axes.plot(*_columns(mean), color=_TUNED, linewidth=2.2, marker="o" if len(mean) == 1 else "")
         ends = sorted((points[-1][1], name) for name, points in sites.items() if points)
         if 0 < len(ends) <= 8:
@@ -67,7 +68,7 @@ def curves(mean: Sequence[tuple[int, float]], sites: Mapping[str, Sequence[tuple
             _name_lines(axes, [ends[0], ends[-1]])
         axes.set_xlabel("round")
         axes.set_ylabel(ylabel)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         return _svg(figure, f"{ylabel} by round: the mean over sites, and each of {len(sites)} sites")
 
 
@@ -115,7 +116,7 @@ def communication(adapters: Sequence[float], full_model: Sequence[float]) -> str
         axes.set_ylim(top=6 * max(full_model[-1], adapters[-1]))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: byte_size(value)))
         axes.set_xlabel("round")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         return _svg(figure, "Bytes exchanged so far, adapters against full models, by round, log scale")
 
 
@@ -155,6 +156,57 @@ def differences(paired: Mapping[str, Mapping[str, float]]) -> str:
         return _svg(figure, f"Paired difference of held-out loss with 95% intervals for each of {len(names)} sites")
 
 
+def epsilon_by_round(
+    most: Sequence[tuple[int, float]], least: Sequence[tuple[int, float]], limit: tuple[str, float] | None, terms: str
+) -> str:
+    """Epsilon spent so far, by round: a line for the worst account, a band down to the best one where they differ.
+
+    Args:
+      most: (round, epsilon) of the worst account.
+      least: the same of the best account.
+      limit: its name and epsilon, such as ``("budget", 8.0)``; drawn as a line.
+      terms: unit, adjacency and delta in short.
+    """
+    with _styled():
+        figure, axes = _figure(3.6)
+        rounds, high = _columns(most)
+        low = _columns(least)[1]
+        if low != high:
+            axes.fill_between(rounds, low, high, color=_BASE, alpha=0.3, linewidth=0, label="down to the least")
+        marker = "o" if len(rounds) == 1 else ""
+        axes.plot(rounds, high, color=_TUNED, linewidth=2.2, marker=marker, label="the most of any site")
+        if limit:
+            axes.axhline(limit[1], color=_INK, linewidth=1, linestyle="--", label=f"{limit[0]}, {limit[1]:g}")
+        axes.set_ylim(0, 1.08 * max(high[-1], limit[1] if limit else 0))
+        axes.set_xlabel("round")
+        axes.set_ylabel(f"epsilon ({terms})")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        _legend_above(axes, 3)
+        return _svg(figure, f"Epsilon spent so far by round, {terms}")
+
+
+def loss_by_epsilon(losses: Mapping[str, Sequence[tuple[float, float]]], terms: str) -> str:
+    """Losses against the epsilon that they cost.
+
+    Args:
+      losses: (epsilon, nats per token) by what they are of, such as ``training``; the last stands out.
+      terms: unit, adjacency and delta in short.
+    """
+    with _styled():
+        figure, axes = _figure(3.6)
+        for name, points in losses.items():
+            last = name == list(losses)[-1]
+            axes.plot(
+                *_columns(points), color=_TUNED if last else _BASE, linewidth=2.2, label=name,
+                marker="o" if len(points) <= 12 else "", markersize=4,
+            )  # fmt: skip
+        axes.set_xlabel(f"epsilon spent so far ({terms})")
+        axes.set_ylabel("loss (nats per answer token)")
+        axes.set_xlim(left=0)
+        _legend_above(axes)
+        return _svg(figure, f"Loss by epsilon spent, {terms}: {', '.join(losses)}")
+
+
 def _styled() -> Any:
     """The look of all figures, for the time of drawing one."""
     return matplotlib.rc_context(_STYLE)
@@ -187,9 +239,9 @@ def _dots(axes: Axes, values: Sequence[Sequence[float]], colour: str, label: str
     axes.plot(values[0], places, "o", color=colour, markersize=5, label=label)
 
 
-def _legend_above(axes: Axes) -> None:
+def _legend_above(axes: Axes, columns: int = 2) -> None:
     """A legend in one line above the axes, out of the data's way."""
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1), ncols=2, borderaxespad=0, handletextpad=0.4)
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1), ncols=columns, borderaxespad=0, handletextpad=0.4)
 
 
 def _name_lines(axes: Axes, ends: Sequence[tuple[float, str]]) -> None:
@@ -206,7 +258,7 @@ def _name_lines(axes: Axes, ends: Sequence[tuple[float, str]]) -> None:
         )
 
 
-def _columns(points: Sequence[tuple[int, float]], most: int = 300) -> tuple[list[int], list[float]]:
+def _columns(points: Sequence[tuple[float, float]], most: int = 300) -> tuple[list[float], list[float]]:
     """Rounds and values, evenly thinned to what a figure can show; the last is kept."""
     step = max(1, -(-len(points) // most))
     kept = list(points[::-1][::step])[::-1]

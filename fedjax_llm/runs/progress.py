@@ -7,12 +7,16 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from fedjax_llm.runs import statement
+
 _RECENT = 8  # rounds that the rate and the time left are taken from
+_MOST_ACCOUNTS = 16  # in a table on a terminal
+_MOST_SITES = 40
 
 
 class RunProgress:
@@ -25,10 +29,11 @@ class RunProgress:
       total_rounds: of the run.
       console: where to print.
       completed: rounds done before a resume.
+      budget: the epsilon that the run may spend, shown beside what it has spent; ``None``: no limit.
     """
 
-    def __init__(self, total_rounds: int, console: Console, completed: int = 0):
-        self._total, self._completed, self._console = total_rounds, completed, console
+    def __init__(self, total_rounds: int, console: Console, completed: int = 0, budget: float | None = None):
+        self._total, self._completed, self._console, self._budget = total_rounds, completed, console, budget
         self._recent: deque[tuple[float, int]] = deque(maxlen=_RECENT)
         self._rounds: TaskID | None = None
         self._live = Progress(
@@ -88,21 +93,23 @@ class RunProgress:
         self._recent.append((timing.get("seconds", 0.0) - timing.get("compile_seconds", 0.0), line["tokens"]))
         seconds = sum(part[0] for part in self._recent)
         rate = sum(part[1] for part in self._recent) / seconds if seconds > 0 else 0.0
-        left = (self._total - self._completed) * seconds / len(self._recent)
-        note = f"loss {_number(line['loss'])}  {_short(rate)} tok/s  eps {_number(line.get('epsilon'), 2)}"
+        left = duration((self._total - self._completed) * seconds / len(self._recent)) + " left"
+        note = f"loss {_number(line['loss'])}  {_short(rate)} tok/s"
+        privacy = statement.spent(line.get("epsilon"), self._budget)
         news = []
         if line.get("validation"):
             news.append(f"held-out {_number(line['validation']['nll'])}")
         if line.get("excluded"):
             news.append(f"left out: {', '.join(line['excluded'])}")
         if not self._console.is_terminal:
-            self.say("  ".join([f"round {self._completed}/{self._total}", note, *news, f"{duration(left)} left"]))
+            self.say("  ".join([f"round {self._completed}/{self._total}", note, privacy, *news, left]))
             return
         if news:
             self.say("  ".join([f"round {self._completed}", *news]))
         if self._rounds is None:
             self._rounds = self._live.add_task("Rounds", total=self._total, note="")
-        self._live.update(self._rounds, completed=self._completed, note=f"{note}  {duration(left)} left")
+        gap = "\n" if line.get("epsilon") else "  "  # a guarantee in full takes a line of its own
+        self._live.update(self._rounds, completed=self._completed, note=f"{note}  {left}{gap}{privacy}")
 
     def say(self, message: str) -> None:
         """Prints a line above the display; what stands in it is never taken for markup."""
@@ -120,7 +127,7 @@ def settings_table(rows: Iterable[tuple[str, Any]], title: str = "Settings") -> 
 
 
 def sites_table(rows: Mapping[str, Mapping[str, int]], title: str = "Sites") -> Table:
-    """A row for each site and one for all together.
+    """A row for each site (of many: the first) and one for all together.
 
     Args:
       rows: counts by site; the columns are those of the first site (``train_records`` is shown as ``train records``).
@@ -131,8 +138,10 @@ def sites_table(rows: Mapping[str, Mapping[str, int]], title: str = "Sites") -> 
     table.add_column("site", overflow="fold")
     for name in names:
         table.add_column(name.replace("_", " "), justify="right")
-    for site, counts in rows.items():
+    for site, counts in list(rows.items())[:_MOST_SITES]:
         table.add_row(Text(site), *(f"{counts.get(name, 0):,}" for name in names))
+    if len(rows) > _MOST_SITES:
+        table.add_row(f"... and {len(rows) - _MOST_SITES:,} more", style="dim")
     if len(rows) > 1:
         table.add_section()
         table.add_row("all", *(f"{sum(counts.get(name, 0) for counts in rows.values()):,}" for name in names))
@@ -162,6 +171,33 @@ def results_table(summary: Mapping[str, Any]) -> Table:
     for name, score in summary["base"].get("guessers", {}).items():
         table.add_row(Text(f"  guesser: {name}"), percent(score), style="dim")
     return table
+
+
+def privacy_table(privacy: Mapping[str, Any] | None) -> RenderableType:
+    """What a run guarantees: by site (of many: the worst) and at most, against whom, and what is not covered.
+
+    Args:
+      privacy: the statement that ``summary.json`` holds as ``privacy``; ``None``: no differential privacy.
+    """
+    if privacy is None:
+        return Text("Privacy: no differential privacy; nothing limits what the model may reveal of the training text.")
+    accounts = privacy["accounts"]
+    table = _table(f"Privacy (epsilon at delta {privacy['delta']:g}, {privacy['adjacency']}; {privacy['mechanism']})")
+    table.add_column("site", overflow="fold")
+    for heading in statement.headings(privacy):
+        table.add_column(heading, justify="right")
+    for name, figures in statement.worst(accounts, _MOST_ACCOUNTS):
+        table.add_row(Text(name), *statement.cells(figures))
+    table.add_section()
+    table.add_row("maximum", statement.bound(privacy["epsilon"]))
+    rest = statement.left_out(accounts, _MOST_ACCOUNTS)
+    sentences = [Text(rest, style="dim")] if rest else []
+    sentences += [Text(f"{privacy['line'][:1].upper()}{privacy['line'][1:]}.", style="bold")]
+    sentences += [Text(f"Stopped: {privacy['stopped']}")] if privacy["stopped"] else []
+    sentences += [Text(f"Holds against: {privacy['adversary']}"), Text("Not covered:")]
+    sentences += [Text(f"- {sentence}") for sentence in privacy["not_covered"]]
+    sentences += [Text(f"Warning: {privacy['warning']}", style="yellow")] if privacy["warning"] else []
+    return Group(table, *sentences)
 
 
 def with_interval(figures: Mapping[str, Any], measure: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from fedjax_llm.runs import metrics, plots
+from fedjax_llm.runs import metrics, plots, statement
 from fedjax_llm.runs.directory import read_json, write_text
 from fedjax_llm.runs.progress import byte_size, duration, percent, with_interval
 from fedjax_llm.runs.summary import macro_paired_difference, paired_difference, summarise_evaluation
@@ -20,6 +20,7 @@ _MEASURES = (
     ("token_accuracy", "Next-token accuracy", "higher"),
     ("choice_accuracy", "Multiple choice, four options", "higher"),
 )
+_UNCOVERED = " Computed on private text without noise: the guarantee does not cover it."
 _MINUS = "\N{MINUS SIGN}"
 _SETTINGS = {
     "federated": "Federated: the sites send adapter updates and keep their text.",
@@ -81,6 +82,7 @@ def _content(run: Mapping[str, Any]) -> dict[str, Any]:
     final = results.get("final")
     pair = (evaluation["base"], evaluation["final"], seed) if final else None
     paired = paired_difference(*pair) if pair else {}
+    largest = _largest(summary["sites"])
     return {
         "name": run["name"],
         "setting": _SETTINGS.get(summary["setting"], summary["setting"]),
@@ -93,11 +95,14 @@ def _content(run: Mapping[str, Any]) -> dict[str, Any]:
         "worse": sum(site["low"] > 0 for site in paired.values()),
         "results": _results(results["base"], final),
         "figures": _figures(run, results, paired),
-        "sites": _sites(summary["sites"], results, paired),
+        "rounds": statement.rounds_done(summary) if summary["rounds"] else "",
+        "site_count": len(summary["sites"]),
+        "site_note": _note(summary["sites"]),
+        "sites": _sites({site: summary["sites"][site] for site in largest}, results, paired),
         "size_columns": list(next(iter(summary["sites"].values()), {})),
         "generations": evaluation.get("generations", []),
         "excluded": sum(len(line.get("excluded", ())) for line in lines),
-        "epsilon": lines[-1].get("epsilon") if lines else None,
+        "privacy": _privacy(summary["privacy"]) if summary["privacy"] else None,
         "facts": _facts(run),
         "config": json.dumps(run["config"], indent=2, ensure_ascii=False),
         "environment": json.dumps(run["environment"], indent=2, ensure_ascii=False),
@@ -123,15 +128,78 @@ def _results(base: Mapping[str, Any], final: Mapping[str, Any] | None) -> list[d
     return rows + guessers
 
 
+def _privacy(privacy: Mapping[str, Any]) -> dict[str, Any]:
+    """The statement with what the template says around it."""
+    accounts = privacy["accounts"]
+    limits = [(name, privacy[name]) for name in ("target", "budget") if privacy[name] is not None]
+    facts = [
+        ("Mechanism", privacy["mechanism"]),
+        ("Unit", f"{privacy['unit']}; {privacy['adjacency']}"),
+        ("Clip norm", f"{privacy['clip_norm']:g}, {privacy['scope']}"),
+        ("Accountant", privacy["accountant"]),
+        ("Randomness of the noise", privacy["randomness"]),
+        *((name.capitalize(), f"epsilon {limit:g} ({statement.terms(privacy)})") for name, limit in limits),
+    ]
+    return {
+        **privacy,
+        "short": f"epsilon {statement.bound(privacy['epsilon'])} ({statement.terms(privacy)})",
+        "meaning": statement.meaning(privacy),
+        "facts": facts,
+        "headings": statement.headings(privacy),
+        "rows": [(name, statement.cells(one)) for name, one in statement.worst(accounts, plots.MOST_SITES)],
+        "rest": statement.left_out(accounts, plots.MOST_SITES),
+    }
+
+
 def _figures(
     run: Mapping[str, Any], results: Mapping[str, Any], paired: Mapping[str, Mapping[str, float]]
 ) -> list[dict[str, Any]]:
     """The plots that this run has data for: drawing and caption."""
-    summary, lines, final = run["summary"], run["metrics"], results.get("final")
+    summary, lines = run["summary"], run["metrics"]
+    uncovered = _UNCOVERED if summary["privacy"] else ""
+    figures = _privacy_figures(summary["privacy"], lines) if summary["privacy"] else []
+    figures += [(drawing, caption + uncovered) for drawing, caption in _loss_figures(run, results, paired)]
     sizes = summary["sites"]
-    largest = sorted(sizes, key=lambda site: -sizes[site].get("train_records", 0))[: plots.MOST_SITES]
+    if sizes:
+        caption = f"What each site holds. A record is in one split only.{_note(sizes)}"
+        figures.append((plots.site_sizes({site: sizes[site] for site in _largest(sizes)}), caption))
+    traffic = list(accumulate(line["upload_bytes"] + line["download_bytes"] for line in lines))
+    if traffic and traffic[0] > 0 and summary.get("full_model_bytes"):
+        caption = "Bytes up and down so far: adapters as sent, against whole models for the same cohorts (log scale)."
+        figures.append((plots.communication(traffic, _full_model_traffic(lines, summary)), caption))
+    return [{"drawing": Markup(drawing), "caption": caption} for drawing, caption in figures]
+
+
+def _privacy_figures(privacy: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Epsilon by round, and the losses by epsilon where it grows over the rounds."""
+    most, least = statement.series(lines)
+    if not most:
+        return []
+    terms, limits = statement.terms(privacy), [(name, privacy[name]) for name in ("budget", "target")]
+    limit = next(((name, epsilon) for name, epsilon in limits if epsilon is not None), None)
+    where = f"at delta {privacy['delta']:g}, {privacy['adjacency']}"
+    band = " The band reaches down to the site that has spent least." if most != least else ""
+    caption = f"Epsilon spent so far, {where}: the most that any site has spent.{band}"
+    figures = [(plots.epsilon_by_round(most, least, limit, terms), caption)]
+    spent = dict(most)
+    named = {"training": _series(lines, "loss")[0], "validation": _validation(lines)[0]}
+    losses = {name: [(spent[number], loss) for number, loss in one if number in spent] for name, one in named.items()}
+    losses = {name: points for name, points in losses.items() if len({epsilon for epsilon, _ in points}) > 1}
+    if losses:
+        caption = (
+            f"What the loss cost: loss after each round against the epsilon spent until then, {where}.{_UNCOVERED}"
+        )
+        figures.append((plots.loss_by_epsilon(losses, terms), caption))
+    return figures
+
+
+def _loss_figures(
+    run: Mapping[str, Any], results: Mapping[str, Any], paired: Mapping[str, Mapping[str, float]]
+) -> list[tuple[str, str]]:
+    """Held-out, training and validation losses."""
+    sizes, lines, final = run["summary"]["sites"], run["metrics"], results.get("final")
+    largest, note = _largest(sizes), _note(sizes)
     shown = [site for site in largest if site in results["base"]["sites"]]
-    note = f" The {len(largest)} largest of {len(sizes)} sites." if len(largest) < len(sizes) else ""
     figures = []
     if shown:
         base = {site: results["base"]["sites"][site] for site in shown}
@@ -143,20 +211,27 @@ def _figures(
         figures.append((plots.differences({site: paired[site] for site in shown}), caption))
     if lines:
         mean, by_site = _series(lines, "loss")
-        caption = "Training loss by round: the cohort's mean (bold) and each site (thin)."
-        figures.append((plots.curves(mean, by_site, "training loss (nats per answer token)"), caption))
-        held_out, held_out_sites = _validation(lines)
+        thin = {site: by_site[site] for site in largest if site in by_site}
+        caption = f"Training loss by round: the cohort's mean (bold) and each site (thin).{note}"
+        figures.append((plots.curves(mean, thin, "training loss (nats per answer token)"), caption))
+        held_out, by_site = _validation(lines)
         if held_out:
-            caption = "Loss on validation records while training: the mean over sites (bold) and each site (thin)."
-            figures.append((plots.curves(held_out, held_out_sites, "validation loss (nats per token)"), caption))
-    if sizes:
-        caption = f"What each site holds. A record is in one split only.{note}"
-        figures.append((plots.site_sizes({site: sizes[site] for site in largest}), caption))
-    traffic = list(accumulate(line["upload_bytes"] + line["download_bytes"] for line in lines))
-    if traffic and traffic[0] > 0 and summary.get("full_model_bytes"):
-        caption = "Bytes up and down so far: adapters as sent, against whole models for the same cohorts (log scale)."
-        figures.append((plots.communication(traffic, _full_model_traffic(lines, summary)), caption))
-    return [{"drawing": Markup(drawing), "caption": caption} for drawing, caption in figures]
+            thin = {site: by_site[site] for site in largest if site in by_site}
+            caption = (
+                f"Loss on validation records while training: the mean over sites (bold) and each site (thin).{note}"
+            )
+            figures.append((plots.curves(held_out, thin, "validation loss (nats per token)"), caption))
+    return figures
+
+
+def _largest(sizes: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """The sites that figures and tables show: all, or of many the largest."""
+    return sorted(sizes, key=lambda site: -sizes[site].get("train_records", 0))[: plots.MOST_SITES]
+
+
+def _note(sizes: Mapping[str, Any]) -> str:
+    """Says which sites are shown, where it is not all."""
+    return f" The {plots.MOST_SITES} largest of {len(sizes):,} sites." if len(sizes) > plots.MOST_SITES else ""
 
 
 def _series(lines: Sequence[Mapping[str, Any]], name: str) -> tuple[list[Any], dict[str, list[Any]]]:

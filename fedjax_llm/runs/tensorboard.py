@@ -5,6 +5,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from fedjax_llm.runs import statement
+
 
 class Scalars:
     """Writes scalars into a folder; a context manager.
@@ -27,9 +29,15 @@ class Scalars:
         self._writer.close()
 
     def round(self, line: Mapping[str, Any]) -> None:
-        """Writes every number of a metrics line under its path (``sites/nervous/loss``), at the line's round."""
+        """Writes every number of a metrics line under its path (``sites/nervous/loss``), at the line's round.
+
+        The description of ``epsilon/max`` and its like names unit, adjacency and delta.
+        """
+        epsilon = line.get("epsilon")
+        guarantee = "" if epsilon is None else f"Spent so far, {statement.terms(epsilon)} (add or remove one unit)"
         for name, value in scalars(line):
-            self._writer.add_scalar(name, value, line["round"])
+            about = guarantee if name.startswith("epsilon/") else ""
+            self._writer.add_scalar(name, value, line["round"], summary_description=about)
         self._writer.flush()  # a checkpoint of this round may outlive the process
 
 

@@ -3,9 +3,11 @@
 import dataclasses
 import io
 import json
+import re
 
 import numpy as np
 import pytest
+from private_runs import privacy
 from rich.console import Console
 
 from fedjax_llm.errors import UserError
@@ -27,12 +29,12 @@ def evaluation(shift, records=20, first=0, sites=("nerves", "[b]skin")):
     return {"sites": found, "guessers": {}}
 
 
-def make(folder, setting="federated", base=None, final=None):
+def make(folder, setting="federated", base=None, final=None, **changes):
     folder.mkdir(parents=True)
     figures = {
         "setting": setting, "rounds": 30, "tokens_trained": 192_000, "train_seconds": 930.0, "upload_bytes": 10**6,
-        "download_bytes": 2 * 10**6, "seed": 0,
-    }  # fmt: skip
+        "download_bytes": 2 * 10**6, "seed": 0, "privacy": None,
+    } | changes  # fmt: skip
     (folder / "summary.json").write_text(json.dumps(figures))
     (folder / "evaluation.json").write_text(json.dumps({"base": base or evaluation(0), "final": final}))
     return folder
@@ -101,6 +103,39 @@ def test_tables_hold_everything_within_80_columns(two, tmp_path):
     for part in ("[b]skin", "192,000", "3 MB", "15m 30s", "-0.500", "[-0.500, -0.500]", "centralised", "minus base"):
         assert part in text, part
     assert "warning" not in text
+
+
+def test_each_run_shows_its_guarantee_or_that_there_is_none(two, tmp_path):
+    statement = privacy({"eye": 7.975, "skin": 2.0}, stopped="round 10 would exceed the budget")
+    private = make(tmp_path / "private", final=evaluation(-0.3), privacy=statement, rounds_done=9)
+    found = compare.compare([*two, private])
+    guarantee = {"epsilon": 7.975, "delta": 1e-5, "unit": "record", "adjacency": "add or remove one record"}
+    assert [run["privacy"] for run in found.runs.values()] == [None, None, guarantee]
+    rows = [line.split() for line in shown(found).splitlines()]
+    assert ["privacy", "none", "none", "epsilon", "7.98"] in rows
+    assert ["+/-1", "record"] in rows
+    assert ["delta", "1e-05"] in rows
+    assert ["rounds", "30", "30", "9", "of", "30"] in rows
+    assert found.warnings == ()
+
+
+def test_epsilons_of_different_units_are_warned_of(tmp_path):
+    runs = [
+        make(tmp_path / "one", privacy=privacy({"eye": 8.0})),
+        make(tmp_path / "two", privacy=privacy({"every site": 2.0}, unit="site", delta=1e-3)),
+        make(tmp_path / "open"),
+    ]
+    (warning,) = compare.compare(runs).warnings
+    assert "not of the same unit and delta" in warning
+    assert "+/-1 record, delta 1e-05: one; +/-1 site, delta 0.001: two" in warning
+
+
+def test_tables_of_many_sites_stay_short(tmp_path):
+    names = [f"clinic {place}" for place in range(60)]
+    runs = [make(tmp_path / name, final=evaluation(0, sites=names)) for name in ("one", "two")]
+    text = shown(compare.compare(runs, resamples=20))
+    assert text.count("... and 20 more sites") == 2
+    assert len(re.findall(r"^clinic", text, re.MULTILINE)) == 80
 
 
 def test_runs_of_the_same_name_are_told_apart(tmp_path):

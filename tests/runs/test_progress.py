@@ -4,6 +4,7 @@ import io
 import re
 
 import pytest
+from private_runs import privacy, spent
 from rich.console import Console
 
 from fedjax_llm.runs import progress
@@ -24,12 +25,12 @@ def shown(terminal, use):
 
 
 def a_run(console):
-    with progress.RunProgress(10, console) as display:
+    with progress.RunProgress(10, console, budget=8.0) as display:
         with display.phase("Reading [the] text", 20, "records") as advance:
             for _ in range(2):
                 advance(10)
         display.round(line(1))
-        display.round(line(2, epsilon=1.234, excluded=["skin"], validation={"nll": 3.25}))
+        display.round(line(2, epsilon=spent({"skin": 1.0, "eye": 1.234}), excluded=["skin"], validation={"nll": 3.25}))
 
 
 def test_a_log_has_one_plain_line_a_round():
@@ -38,15 +39,17 @@ def test_a_log_has_one_plain_line_a_round():
     lines = text.splitlines()
     assert lines[0] == "Reading [the] text ..."
     assert re.fullmatch(r"Reading \[the\] text: done in .*, 20 records", lines[1])
-    assert lines[2] == "round 1/10  loss 2.5000  200 tok/s  eps -  27.0s left"
-    assert lines[3] == "round 2/10  loss 2.5000  200 tok/s  eps 1.23  held-out 3.2500  left out: skin  24.0s left"
+    assert lines[2] == "round 1/10  loss 2.5000  200 tok/s  epsilon -  27.0s left"
+    guarantee = "epsilon 1.24 of 8 (+/-1 record, delta 1e-05)"
+    assert lines[3] == f"round 2/10  loss 2.5000  200 tok/s  {guarantee}  held-out 3.2500  left out: skin  24.0s left"
     assert len(lines) == 4
 
 
 def test_a_terminal_shows_the_same():
     text = shown(True, a_run)
-    for part in ("Reading [the] text", "2/10", "loss 2.5000", "200 tok/s", "eps 1.23", "24.0s left", "left out: skin"):
+    for part in ("Reading [the] text", "2/10", "loss 2.5000", "200 tok/s", "24.0s left", "left out: skin"):
         assert part in text
+    assert "epsilon 1.24 of 8 (+/-1 record, delta 1e-05)" in text, "whole, within 80 columns"
     assert "\x1b[" in text
 
 
@@ -95,6 +98,57 @@ def test_tables_hold_everything_within_80_columns():
 
 def test_an_empty_table_of_sites_can_be_shown():
     assert "Sites" in shown(False, lambda console: console.print(progress.sites_table({})))
+
+
+def test_many_sites_fill_no_screen():
+    sites = {f"clinic {place}": {"records": 3} for place in range(300)}
+    text = shown(False, lambda console: console.print(progress.sites_table(sites)))
+    assert len(text.splitlines()) < 50
+    assert "and 260 more" in text
+    assert re.search(r"all +900", text)
+
+
+def in_100_columns(statement):
+    out = io.StringIO()
+    Console(file=out, width=100, color_system=None).print(progress.privacy_table(statement))
+    lines = [row.rstrip() for row in out.getvalue().splitlines()]
+    assert max(map(len, lines)) <= 100
+    return lines
+
+
+def test_the_table_of_privacy_has_each_site_the_maximum_and_what_is_not_covered():
+    sampling = {"sampling_probability": None, "releases": 1200}
+    lines = in_100_columns(privacy({"[b]eye": 2.5, "skin": 7.977}, warning="It is only a [toy].", account=sampling))
+    assert lines[0] == "Privacy (epsilon at delta 1e-05, add or remove one record; DpFedSgd)"
+    assert lines[1].split("  ")[0] == "site"
+    for heading in ("epsilon", "noise multiplier", "sampling probability", "releases", "records"):
+        assert heading in lines[1]
+    rows = [re.split(r"  +", row) for row in lines[2:6]]
+    assert rows[0] == ["skin", "7.98", "1.5", "-", "1,200", "900"]
+    assert rows[1][:2] == ["[b]eye", "2.50"], "the worst comes first"
+    assert ["maximum", "7.98"] in rows
+    text = " ".join(lines)
+    assert "Epsilon <= 7.977 at delta 1e-05 for one record (add or remove one record), the worst of 2 sites." in text
+    assert "Holds against: Whoever sees the sums." in text
+    assert "- Held-out figures have no noise." in lines
+    assert "Warning: It is only a [toy]." in lines
+    assert "Stopped" not in text
+
+
+def test_the_table_of_privacy_shows_the_worst_of_many():
+    lines = in_100_columns(privacy({f"clinic {place}": 1 + place / 100 for place in range(300)}))
+    assert len(lines) < 40
+    assert lines[2].startswith("clinic 299")
+    assert "... and 284 more, none of a larger epsilon" in lines
+
+
+def test_without_privacy_the_table_says_so():
+    assert "no differential privacy" in " ".join(in_100_columns(None))
+
+
+def test_a_stop_by_the_budget_is_told():
+    text = " ".join(in_100_columns(privacy({"eye": 7.9}, stopped="round 12 would exceed the budget")))
+    assert "Stopped: round 12 would exceed the budget" in text
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0.0s"), (61, "1m 01s"), (119.7, "2m 00s"), (7860, "2h 11m")])

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from private_runs import privacy, spent
 
 from fedjax_llm.errors import UserError
 from fedjax_llm.runs import report, summary
@@ -40,7 +41,7 @@ def evaluate(gain, sites):
     return {"sites": results, "guessers": {"overlap": 0.27, "longest": 0.18}}
 
 
-def metrics_line(number, sites, rng, exchanged):
+def metrics_line(number, sites, rng, exchanged, epsilon=None):
     loss = 3.4 - 0.7 * (1 - np.exp(-number / 8))
     cohort = [site for site in sites if rng.random() < 0.7] or list(sites)[:1]
     return {
@@ -50,22 +51,22 @@ def metrics_line(number, sites, rng, exchanged):
             for place, site in enumerate(cohort)
         },
         "tokens": 6400, "padded_tokens": 8192, "upload_bytes": 1_843_200 * len(cohort) * exchanged,
-        "download_bytes": 1_843_200 * len(cohort) * exchanged, "update_norm": 0.02, "epsilon": None,
+        "download_bytes": 1_843_200 * len(cohort) * exchanged, "update_norm": 0.02, "epsilon": epsilon,
         "validation": {"nll": loss + 0.1, "sites": {site: loss + 0.1 * k for k, site in enumerate(sites)}}
         if number % 5 == 0 else None,
         "timing": {"seconds": 31.2, "tokens_per_second": 205.0, "compile_seconds": 0.0},
     }  # fmt: skip
 
 
-def make_run(folder, sites=None, rounds=30, tuned=True, exchanged=1):
-    """A made-up run's files, as a training run leaves them."""
+def make_run(folder, sites=None, rounds=30, tuned=True, exchanged=1, epsilon=lambda _: None, **changes):
+    """A made-up run's files, as a training run leaves them; ``changes`` are to its summary."""
     sites = SITES if sites is None else sites
     folder.mkdir()
     base, final = evaluate(0, sites), evaluate(1, sites) if tuned else None
     rng = np.random.default_rng(0)
     log = MetricsLog(folder / "metrics.jsonl")
     for number in range(1, rounds + 1):
-        log.append(metrics_line(number, sites, rng, exchanged))
+        log.append(metrics_line(number, sites, rng, exchanged, epsilon(number)))
     answer = (
         "A disease of the nerves that begins in the feet and slowly rises; it is found in adults more than children."
     )
@@ -91,7 +92,8 @@ def make_run(folder, sites=None, rounds=30, tuned=True, exchanged=1):
             "full_model_bytes": 146_000_000_000, "base": summary.summarise_evaluation(base, 7),
             "final": summary.summarise_evaluation(final, 7) if tuned else None,
             "data": {"version": "hp/releases/2025-01-16", "citation": "Human Phenotype Ontology, <https://hpo.example>"},
-        },
+            "privacy": None,
+        } | changes,
     }  # fmt: skip
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
@@ -184,12 +186,72 @@ def test_writing_twice_gives_the_same_bytes(page_path):
     assert report.write_report(page_path.parent).read_bytes() == before
 
 
-def test_a_private_run_states_its_epsilon(tmp_path):
-    run = make_run(tmp_path / "run", rounds=2)
-    MetricsLog(run / "metrics.jsonl").append(metrics_line(3, SITES, np.random.default_rng(0), 1) | {"epsilon": 2.5})
+def grown(sites, rounds):
+    """Epsilon of every account after a number of rounds, as sampled Gaussians about grow; 8 at most at the end."""
+    return {site: 8 * (1 - 0.004 * place) * (rounds / 30) ** 0.5 for place, site in enumerate(sites)}
+
+
+@pytest.fixture(scope="module")
+def private_path(tmp_path_factory):
+    run = make_run(
+        tmp_path_factory.mktemp("private") / "private",
+        epsilon=lambda number: spent(grown(SITES, number)),
+        privacy=privacy(grown(SITES, 30), budget=8.0, warning="The noise can be <b>repeated</b>.", target=8.0),
+    )
+    return report.write_report(run)
+
+
+@pytest.fixture(scope="module")
+def private(private_path):
+    return Page(private_path.read_text("utf-8"))
+
+
+def test_a_private_run_states_its_guarantee_in_full(private):
+    words = " ".join(private.text.split())
+    for part in (
+        "Epsilon <= 8.0 at delta 1e-05 for one record (add or remove one record), the worst of 6 sites.",
+        "adding or removing one record changes the odds of anything that the run released by a factor of at most "
+        "2,980.96 (e^epsilon), but for a chance of about delta 1e-05", "Whoever sees the sums.", "Sums are secret.",
+        "What this does not cover", "Held-out figures have no noise.", "The noise can be <b>repeated</b>.",
+        "whoever publishes them reveals more than the guarantee says",
+        "epsilon 8 (+/-1 record, delta 1e-05)", "sampling probability", "0.0625", "reproducible",
+    ):  # fmt: skip
+        assert part in words, part
+    assert "Private: epsilon 8.00 (+/-1 record, delta 1e-05)." in words
+    assert "no differential privacy" not in words.lower()
+
+
+def test_figures_on_private_text_are_labelled_as_not_covered(private_path, page_path):
+    figures = re.findall(r"<figcaption>(.*?)</figcaption>", private_path.read_text("utf-8"))
+    label = "Computed on private text without noise: the guarantee does not cover it."
+    assert [label in caption for caption in figures] == [False, True, True, True, True, True, False, False]
+    assert "Epsilon spent so far, at delta 1e-05, add or remove one record" in figures[0]
+    assert "against the epsilon spent until then, at delta 1e-05, add or remove one record" in figures[1]
+    assert "does not cover" not in page_path.read_text("utf-8"), "there is no guarantee to leave anything out of"
+
+
+def test_a_run_that_the_budget_stopped_says_so(tmp_path):
+    path = make_run(
+        tmp_path / "run", rounds=20, rounds_done=9,
+        epsilon=lambda number: spent({"every site": 1.0}, "site", 1e-3), # all of it at once
+        privacy=privacy({"every site": 1.0}, "site", 1e-3, stopped="round 10 would exceed the budget"),
+    )  # fmt: skip
+    page = Page(report.write_report(path).read_text("utf-8"))
+    words = " ".join(page.text.split())
+    assert "9 of 20 rounds (stopped by the privacy budget), 6 sites" in words
+    assert "The run ended early: round 10 would exceed the budget." in words
+    assert "Loss after each round" not in words, "there is no curve where epsilon does not grow"
+    assert sum(tag == "svg" for tag, _ in page.tags) == 7
+
+
+def test_a_run_without_a_finite_epsilon_has_a_report(tmp_path):
+    run = make_run(
+        tmp_path / "run", rounds=2, epsilon=lambda _: spent(dict.fromkeys(SITES)), privacy=privacy(dict.fromkeys(SITES))
+    )
     text = report.write_report(run).read_text("utf-8")
-    assert "ε = 2.5" in text
-    assert "no differential privacy" not in text
+    assert "unbounded" in text
+    assert "That promises nothing" in text
+    assert text.count("<svg") == 5
 
 
 def test_the_base_model_alone_has_a_report(tmp_path):
@@ -202,12 +264,19 @@ def test_the_base_model_alone_has_a_report(tmp_path):
 
 
 def test_many_sites_and_rounds_stay_small(tmp_path):
-    sites = {f"clinic {place}": 1000 - place for place in range(60)}
-    path = report.write_report(make_run(tmp_path / "run", sites=sites, rounds=320))
-    text = path.read_text("utf-8")
+    sites = {f"clinic {place}": 1000 - place for place in range(120)}
+    run = make_run(
+        tmp_path / "run", sites=sites, rounds=320, epsilon=lambda number: spent(grown(sites, number)),
+        privacy=privacy(grown(sites, 320)),
+    )  # fmt: skip
+    path = report.write_report(run)
+    words = " ".join(Page(path.read_text("utf-8")).text.split())
     assert path.stat().st_size < 2_000_000
-    assert "The 40 largest of 60 sites" in text
-    assert "clinic 59" in text, "the table has all"
+    assert words.count("The 40 largest of 120 sites") == 6
+    assert "120 sites," in words
+    assert "... and 80 more, none of a larger epsilon (summary.json has all)" in words
+    assert "clinic 39" in words
+    assert "clinic 40" not in words
 
 
 def test_a_missing_file_is_named(tmp_path):

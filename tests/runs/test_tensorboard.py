@@ -2,6 +2,7 @@
 
 import struct
 
+from private_runs import spent
 from tensorboardX.proto import event_pb2
 
 from fedjax_llm.runs.tensorboard import Scalars, scalars
@@ -39,3 +40,14 @@ def test_a_resume_tells_the_viewer_from_where_to_forget(tmp_path):
         writer.round(LINE)
     starts = [event.step for event in events(tmp_path) if event.session_log.status == event_pb2.SessionLog.START]
     assert starts == [3]
+
+
+def test_epsilon_is_a_scalar_that_names_its_terms(tmp_path):
+    line = LINE | {"epsilon": spent({"a": 3.25, "b": 2.0}, unit="patient", delta=1e-6)}
+    with Scalars(tmp_path) as writer:
+        writer.round(line)
+    values = {value.tag: value for event in events(tmp_path) for value in event.summary.value}
+    assert values["epsilon/max"].simple_value == 3.25
+    assert values["epsilon/accounts/b"].simple_value == 2.0
+    assert "+/-1 patient, delta 1e-06" in values["epsilon/max"].metadata.summary_description
+    assert values["loss"].metadata.summary_description == ""
