@@ -21,9 +21,11 @@ from fedjax_llm.data.hpo import HpoFlashcards
 from fedjax_llm.data.splits import Fractions
 from fedjax_llm.errors import UserError, nearest
 from fedjax_llm.evaluation.evaluate import Evaluation
-from fedjax_llm.federation.rounds import Execution, Federation
+from fedjax_llm.federation.plan import Execution, Federation
 from fedjax_llm.lora import Lora
 from fedjax_llm.models.loading import BaseType
+from fedjax_llm.privacy.guarantee import Privacy
+from fedjax_llm.privacy.mechanism import Regime
 from fedjax_llm.training.client_update import LocalTraining
 from fedjax_llm.types import Setting
 
@@ -106,6 +108,7 @@ class Experiment:
       training: what clients do in a round.
       federation: rounds and cohorts.
       aggregation: the server's algorithm: a dataclass with ``.make()`` (``aggregation/``).
+      privacy: whether and how differential privacy is guaranteed, and to whom.
       evaluation: of held-out records.
       execution: layout of the computation; never changes a result.
       output: of the run.
@@ -120,6 +123,7 @@ class Experiment:
     training: LocalTraining = LocalTraining()
     federation: Federation = Federation()
     aggregation: Any = FedAvg()
+    privacy: Privacy = Privacy()
     evaluation: Evaluation = Evaluation()
     execution: Execution = Execution()
     output: Output = Output()
@@ -134,6 +138,31 @@ class Experiment:
             raise UserError(
                 "output.select is 'best', but evaluation.validation_every is 0: without validation no round is the best"
             )
+        if self.privacy.mechanism is not None and self.setting != "base":
+            self.privacy.check(regime_of(self))
+
+
+def regime_of(experiment: Experiment) -> Regime:
+    """What a privacy mechanism must know of an experiment."""
+    local, federation = experiment.training, experiment.federation
+    flat = experiment.setting == "centralised"  # plain training: no cohort, no server's algorithm
+    return Regime(
+        setting=experiment.setting,
+        unit=experiment.privacy.unit,
+        rounds=federation.rounds,
+        cohort=None if flat else federation.cohort,
+        weighting=federation.weighting,
+        batch_size=local.batch_size,
+        local_steps=local.local_steps,
+        local_epochs=local.local_epochs,
+        normalise=local.normalise,
+        optimizer=local.optimizer.name,
+        learning_rate=local.optimizer.learning_rate,
+        constant_rate=local.round_schedule.shape == local.local_schedule.shape == "constant",
+        proximal=local.proximal,
+        adapter_dtype=experiment.lora.dtype,
+        server_view="Sum" if flat else experiment.aggregation.make().view.__name__,
+    )
 
 
 MAY_CHANGE = ("execution.*", "output.keep_last", "output.bandwidth_mbps")

@@ -4,7 +4,7 @@ Shape letters: C clients, M rows, B examples, K target slots, L tokens, D width,
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
@@ -83,12 +83,14 @@ class RoundState:
       adapters: the server's adapters; in the setting ``local``, those of every site, leaves [C, ...].
       server_state: of the aggregator.
       client_state: what clients keep between rounds, leaves [C, ...]; empty where they keep nothing.
+      privacy_state: of the privacy mechanism at the server: its correlated noise, its clip norm; else empty.
     """
 
     round: jax.Array
     adapters: PyTree
     server_state: PyTree
     client_state: PyTree
+    privacy_state: PyTree = field(default_factory=dict)
 
 
 Setting = Literal["federated", "centralised", "local", "base"]

@@ -23,7 +23,7 @@ from fedjax_llm.config import Data, Experiment, Model
 from fedjax_llm.data.site_files import SiteFiles
 from fedjax_llm.data.splits import Fractions
 from fedjax_llm.evaluation.evaluate import Evaluation
-from fedjax_llm.federation.rounds import Execution, Federation
+from fedjax_llm.federation.plan import Execution, Federation
 from fedjax_llm.lora import Lora
 from fedjax_llm.training.client_update import LocalTraining
 from fedjax_llm.training.optimizers import Optimizer

@@ -14,7 +14,8 @@ from fedjax_llm.aggregation.fedavg import FedAvg
 from fedjax_llm.data.packing import Shape, choose_shapes
 from fedjax_llm.data.records import EncodedExample
 from fedjax_llm.federation.clients import clients_of, local_training_of
-from fedjax_llm.federation.rounds import Execution, Federation, RoundPlan, RoundReport, initial_state, run_round
+from fedjax_llm.federation.plan import Execution, Federation, RoundPlan, RoundReport
+from fedjax_llm.federation.rounds import initial_state, run_round
 from fedjax_llm.federation.sampling import round_key, sample_cohort, sample_steps
 from fedjax_llm.training.client_update import LocalTraining, Trainer
 from fedjax_llm.training.optimizers import Optimizer

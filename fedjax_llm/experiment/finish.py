@@ -15,9 +15,10 @@ from fedjax_llm.data.chat import LengthReport
 from fedjax_llm.errors import UserError
 from fedjax_llm.evaluation import evaluate, generation
 from fedjax_llm.experiment.prepare import Prepared
-from fedjax_llm.experiment.training_loop import TIMING, Validate, exchange_in
+from fedjax_llm.experiment.training_loop import TIMING, Ended, Validate, exchange_in
 from fedjax_llm.federation.communication import totals
-from fedjax_llm.federation.rounds import RoundPlan
+from fedjax_llm.federation.plan import RoundPlan
+from fedjax_llm.privacy import guarantee, ledger, statement
 from fedjax_llm.runs import directory, environment, metrics
 from fedjax_llm.runs.progress import RunProgress
 from fedjax_llm.runs.summary import macro_paired_difference, paired_difference, summarise_evaluation
@@ -40,30 +41,35 @@ def validation_of(prepared: Prepared, plan: RoundPlan) -> Validate | None:
 
 
 def adapters_of(plan: RoundPlan, sites: Iterable[str], adapters: PyTree) -> dict[str, Adapters]:
-    """The adapters that each site uses: all the same, or in the setting local each its own."""
+    """The whole adapters that each site uses: all the same, or in the setting local each its own."""
     if plan.setting != "local":
-        return dict.fromkeys(sites, adapters)
+        return dict.fromkeys(sites, low_rank.join(adapters, plan.frozen))
     slots = {client.name: slot for slot, client in enumerate(plan.clients)}
-    return {site: jax.tree.map(lambda leaf, slot=slots[site]: leaf[slot], adapters) for site in sites}
+
+    def own(site: str) -> Adapters:
+        return low_rank.join(jax.tree.map(lambda leaf: leaf[slots[site]], adapters), plan.frozen)
+
+    return {site: own(site) for site in sites}
 
 
-def finish(prepared: Prepared, state: RoundState | None, folder: Path, progress: RunProgress) -> dict[str, Any]:
+def finish(prepared: Prepared, ended: Ended | None, folder: Path, progress: RunProgress) -> dict[str, Any]:
     """Evaluates, and writes what a run leaves behind.
 
     Args:
       prepared: the run.
-      state: after the last round; ``None`` in the setting base.
+      ended: how the rounds ended; ``None`` in the setting base.
       folder: of the run.
       progress: shows the phases.
 
     Returns:
       What ``summary.json`` holds.
     """
+    state = None if ended is None else ended.state
     evaluation = _evaluation(prepared, state, progress)
     directory.write_json(folder / "evaluation.json", evaluation)
     if state is not None:
         export(prepared, state, folder)
-    summary = summarise(prepared, evaluation, folder)
+    summary = summarise(prepared, evaluation, folder, None if ended is None else ended.stopped)
     directory.write_json(folder / "summary.json", summary)
     with progress.phase("Writing the report"):
         from fedjax_llm.runs.report import write_report  # matplotlib: a second that the first round need not wait for
@@ -76,7 +82,7 @@ def _evaluation(prepared: Prepared, state: RoundState | None, progress: RunProgr
     """``evaluation.json``: base and tuned model on the same records, questions and prompts."""
     base, scaling, held_out = prepared.base, prepared.lora.scaling, prepared.held_out
     # Adapters of zeros are exactly the base model, and need no programs of their own to be compiled.
-    nothing: Adapters = jax.tree.map(jnp.zeros_like, prepared.adapters)
+    nothing: Adapters = jax.tree.map(jnp.zeros_like, low_rank.join(prepared.adapters, prepared.frozen))
     models = {"base": dict.fromkeys(held_out.test, nothing)}
     if state is not None and prepared.plan is not None:
         models["final"] = adapters_of(prepared.plan, held_out.test, state.adapters)
@@ -116,14 +122,17 @@ def export(prepared: Prepared, state: RoundState, folder: Path) -> None:
     """Writes ``adapter/`` in PEFT's format; in the setting local, ``adapters/<site>/`` for every site."""
     assert prepared.plan is not None
     if prepared.plan.setting != "local":
-        peft.write_adapter(folder / "adapter", state.adapters, prepared.lora, prepared.base.name)
+        whole = low_rank.join(state.adapters, prepared.frozen)
+        peft.write_adapter(folder / "adapter", whole, prepared.lora, prepared.base.name)
         return
-    for slot, client in enumerate(prepared.plan.clients):
-        own = jax.tree.map(lambda leaf, slot=slot: leaf[slot], state.adapters)
-        peft.write_adapter(folder / "adapters" / client.name, own, prepared.lora, prepared.base.name)
+    names = [client.name for client in prepared.plan.clients]
+    for name, own in adapters_of(prepared.plan, names, state.adapters).items():
+        peft.write_adapter(folder / "adapters" / name, own, prepared.lora, prepared.base.name)
 
 
-def summarise(prepared: Prepared, evaluation: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def summarise(
+    prepared: Prepared, evaluation: Mapping[str, Any], folder: Path, stopped: str | None = None
+) -> dict[str, Any]:
     """``summary.json``. What is not in ``TIMING`` is a function of the configuration, bit for bit."""
     experiment = prepared.experiment
     seed, resamples = experiment.seed, experiment.evaluation.bootstrap_resamples
@@ -143,9 +152,25 @@ def summarise(prepared: Prepared, evaluation: Mapping[str, Any], folder: Path) -
         "difference": {"macro": macro_paired_difference(*pair), "sites": paired_difference(*pair)},
         "data": {"version": prepared.dataset.version, "citation": prepared.dataset.citation},
         "model": {"name": prepared.base.name, "fingerprint": prepared.base.fingerprint},
-        "privacy": "none: no differential privacy in this run",
+        "privacy": privacy_of(prepared, folder, stopped),
         "seed": experiment.seed,
     }
+
+
+def privacy_of(prepared: Prepared, folder: Path, stopped: str | None) -> dict[str, Any] | None:
+    """What the run may say about its privacy, from its ledger; ``None`` without differential privacy."""
+    experiment, plan = prepared.experiment, prepared.plan
+    if plan is None or plan.mechanism is None or prepared.population is None:
+        return None
+    privacy, evaluation = experiment.privacy, experiment.evaluation
+    charged = ledger.charged(ledger.read(folder / ledger.LEDGER))
+    limits = statement.not_covered(
+        held_out=bool(prepared.held_out.test or evaluation.validation_every),
+        selects_best=experiment.output.select == "best",
+    )
+    epsilons = guarantee.spent(plan.mechanism, charged, privacy.delta, privacy.accountant)
+    parts = (privacy, plan.mechanism, prepared.population, charged, epsilons, limits, stopped)
+    return statement.statement(*parts)
 
 
 def _training(prepared: Prepared, folder: Path) -> dict[str, Any]:
@@ -161,6 +186,7 @@ def _training(prepared: Prepared, folder: Path) -> dict[str, Any]:
         bandwidth_mbps=prepared.experiment.output.bandwidth_mbps,
     )
     return {
+        "rounds_done": len(lines),
         "tokens_trained": tokens,
         "padded_tokens": sum(line["padded_tokens"] for line in lines),
         "train_seconds": seconds,

@@ -20,11 +20,15 @@ from fedjax_llm.data.splits import SplitSite, split_site
 from fedjax_llm.errors import UserError
 from fedjax_llm.evaluation.evaluate import HeldOut, hold_out
 from fedjax_llm.federation.clients import clients_of, local_training_of
-from fedjax_llm.federation.rounds import RoundPlan
+from fedjax_llm.experiment.protection import protection
+from fedjax_llm.federation.plan import RoundPlan
 from fedjax_llm.lora import Lora
+from fedjax_llm.models.causal_lm import CausalLM
 from fedjax_llm.models.loading import BaseModel, load
+from fedjax_llm.privacy import noise
+from fedjax_llm.privacy.mechanism import Mechanism, Population
 from fedjax_llm.runs.progress import RunProgress
-from fedjax_llm.training.client_update import Trainer
+from fedjax_llm.training.client_update import LocalTraining, Trainer
 from fedjax_llm.types import Adapters
 
 
@@ -36,25 +40,29 @@ class Prepared:
       experiment: the configuration.
       base: the frozen model.
       lora: the adapters' kind (of ``start_from``, where that is given).
-      adapters: what the run starts from.
+      adapters: what the run starts from: the factors that are trained.
+      frozen: the other factors, which are the same everywhere and never travel.
       dataset: as its source gave it, partitioned.
       sites: split into training, validation and test records.
       train: the sites' training examples as tokens.
       lengths: what was kept, truncated and dropped, by site.
       held_out: what is evaluated.
       plan: the rounds; ``None`` in the setting base.
+      population: whom the privacy mechanism protects; ``None`` without differential privacy.
     """
 
     experiment: Experiment
     base: BaseModel
     lora: Lora
     adapters: Adapters
+    frozen: Adapters
     dataset: Dataset
     sites: tuple[SplitSite, ...]
     train: tuple[tuple[str, tuple[EncodedExample, ...]], ...]
     lengths: dict[str, LengthReport]
     held_out: HeldOut
     plan: RoundPlan | None
+    population: Population | None = None
 
 
 def prepare(experiment: Experiment, progress: RunProgress) -> Prepared:
@@ -76,10 +84,12 @@ def prepare(experiment: Experiment, progress: RunProgress) -> Prepared:
         )
     key = jax.random.key(experiment.seed)
     init_key, run_key = jax.random.split(key)
-    lora, adapters = _adapters(experiment, base, init_key)
+    lora, whole = _adapters(experiment, base, init_key)
+    adapters, frozen = low_rank.split(whole, lora.train)
     with progress.phase("Reading the text"):
         dataset = load_dataset(experiment)
     sites = split_sites(experiment, dataset)
+    protected = _protection(experiment, sites, progress)
     train, lengths = _encode(experiment, base, sites, progress)
     held_out = hold_out(
         experiment.evaluation,
@@ -92,29 +102,54 @@ def prepare(experiment: Experiment, progress: RunProgress) -> Prepared:
         tokens_per_microbatch=experiment.execution.tokens_per_microbatch,
         buckets=experiment.execution.evaluation_buckets,
     )
-    plan = None if experiment.setting == "base" else _plan(experiment, base, lora, train, run_key)
-    return Prepared(experiment, base, lora, adapters, dataset, sites, train, lengths, held_out, plan)
+    mechanism, population = protected or (None, None)
+    plan = None
+    if experiment.setting != "base":
+        plan = _plan(experiment, base, lora, frozen, train, run_key, mechanism)
+    parts = (dataset, sites, train, lengths, held_out, plan, population)
+    return Prepared(experiment, base, lora, adapters, frozen, *parts)
+
+
+def _protection(
+    experiment: Experiment, sites: tuple[SplitSite, ...], progress: RunProgress
+) -> tuple[Mechanism, Population] | None:
+    """The privacy mechanism with its noise, and whom it protects."""
+    if experiment.privacy.mechanism is None:
+        return None
+    with progress.phase("Calibrating noise", len(sites), "sites") as advance:
+        done = 0
+
+        def tell(now: int, total: int) -> None:
+            nonlocal done
+            advance(round(len(sites) * now / max(total, 1)) - done)
+            done = round(len(sites) * now / max(total, 1))
+
+        return protection(experiment, sites, tell)
 
 
 def _plan(
     experiment: Experiment,
     base: BaseModel,
     lora: Lora,
+    frozen: Adapters,
     train: tuple[tuple[str, tuple[EncodedExample, ...]], ...],
     key: jax.Array,
+    mechanism: Mechanism | None,
 ) -> RoundPlan:
     """The rounds of an experiment."""
+    privacy = experiment.privacy
     cohort = _cohort(experiment, len(train))
-    clients = clients_of(experiment.setting, train)
+    clients = clients_of(experiment.setting, train, privacy.unit if mechanism is not None else None)
     local = local_training_of(experiment.setting, experiment.training, cohort)
     return RoundPlan(
         setting=experiment.setting,
-        trainer=Trainer(
-            model=replace(base.model, dropout=lora.dropout),
-            scaling=lora.scaling,
-            optimizer=local.optimizer.make(),
+        trainer=trainer_of(
+            replace(base.model, dropout=lora.dropout),
+            lora.scaling,
+            local,
             # Only where there is a server to stay close to.
-            proximal=local.proximal if experiment.setting == "federated" else 0.0,
+            local.proximal if experiment.setting == "federated" else 0.0,
+            mechanism,
         ),
         # The one client of the setting centralised is plain training: no server optimiser comes on top of its own.
         aggregation=(FedAvg() if experiment.setting == "centralised" else experiment.aggregation).make(),
@@ -125,10 +160,33 @@ def _plan(
             [example for client in clients for example in client.examples],
             tokens_per_microbatch=experiment.execution.tokens_per_microbatch,
             buckets=experiment.execution.buckets,
+            rows_of_unit=1 if mechanism is None else mechanism.examples_per_unit,
         ),
         clients=clients,
         cohort=1 if experiment.setting == "centralised" else cohort,
         key=key,
+        frozen=frozen,
+        mechanism=mechanism,
+        secret_key=None if mechanism is None else noise.run_key(privacy.randomness, experiment.seed),
+    )
+
+
+def trainer_of(
+    model: CausalLM, scaling: float, local: LocalTraining, proximal: float, mechanism: Mechanism | None
+) -> Trainer:
+    """The static half of local training, with what a privacy mechanism asks of it."""
+    if mechanism is None:
+        return Trainer(model, scaling, local.optimizer.make(), proximal)
+    noisy = mechanism.noised == "steps"
+    return Trainer(
+        model=model,
+        scaling=scaling,
+        optimizer=local.optimizer.make(),
+        proximal=proximal,
+        clip=mechanism.clip if mechanism.clipped == "gradients" else None,
+        grouped=mechanism.examples_per_unit > 1,
+        noisy=noisy,
+        mix=mechanism.correlated.mix if noisy and mechanism.correlated is not None else None,
     )
 
 
@@ -137,7 +195,7 @@ def _adapters(experiment: Experiment, base: BaseModel, key: jax.Array) -> tuple[
     if experiment.start_from is None:
         return experiment.lora, low_rank.init(key, experiment.lora, base.model)
     lora, adapters = peft.read_adapter_for(Path(experiment.start_from), base.model)
-    return replace(lora, dropout=experiment.lora.dropout), adapters
+    return replace(lora, dropout=experiment.lora.dropout, train=experiment.lora.train), adapters
 
 
 def load_dataset(experiment: Experiment) -> Dataset:

@@ -47,12 +47,12 @@ def run(experiment: Experiment, folder: Path, *, resume: bool, console: Console)
         try:
             prepared = _prepared(experiment, progress, folder, resume)
             show_plan(prepared, progress, console)
-            state = None
+            ended = None
             if prepared.plan is not None:
                 validate = validation_of(prepared, prepared.plan)
                 loop = Loop(folder, resume, clock, validate, _fingerprint(prepared))
-                state = run_rounds(prepared, prepared.plan, loop, progress)
-            summary = finish(prepared, state, folder, progress)
+                ended = run_rounds(prepared, prepared.plan, loop, progress)
+            summary = finish(prepared, ended, folder, progress)
         except KeyboardInterrupt:
             done = finished_steps(folder / "checkpoints")
             kept = f"Everything up to round {done[-1]} is kept." if done else "No round was finished."
@@ -131,7 +131,8 @@ def _fingerprint(prepared: Prepared) -> str:
         for name, examples in sites.items():
             digest.update(f"{name} {len(examples)}".encode())
             for example in examples:
-                digest.update(f"{example.record_id} {example.prompt_length} ".encode() + example.tokens.tobytes())
+                owner = f"{example.record_id} {example.owner} {example.prompt_length} "
+                digest.update(owner.encode() + example.tokens.tobytes())
     return digest.hexdigest()
 
 

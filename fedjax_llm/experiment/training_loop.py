@@ -4,17 +4,19 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from fedjax_llm import lora as low_rank
 from fedjax_llm.errors import UserError
+from fedjax_llm.experiment.charging import BudgetSpent, Charge, charge, open_account
 from fedjax_llm.experiment.compilation import CompileClock
 from fedjax_llm.experiment.prepare import Prepared
 from fedjax_llm.federation.communication import Exchange, exchange_of
-from fedjax_llm.federation.rounds import RoundPlan, RoundReport, initial_state, run_round
+from fedjax_llm.federation.plan import RoundPlan, RoundReport
+from fedjax_llm.federation.rounds import initial_state, run_round
 from fedjax_llm.runs import environment
 from fedjax_llm.runs.checkpoints import Checkpoints
 from fedjax_llm.runs.metrics import MetricsLog
@@ -47,8 +49,15 @@ class Loop:
     fingerprint: str
 
 
-def run_rounds(prepared: Prepared, plan: RoundPlan, loop: Loop, progress: RunProgress) -> RoundState:
-    """Runs what is left of the rounds.
+class Ended(NamedTuple):
+    """How the rounds ended: the resulting state, and why before the last round, if so."""
+
+    state: RoundState
+    stopped: str | None
+
+
+def run_rounds(prepared: Prepared, plan: RoundPlan, loop: Loop, progress: RunProgress) -> Ended:
+    """Runs what is left of the rounds, as far as the privacy budget goes.
 
     Returns:
       The last state; or, where the experiment selects the best, that of the lowest validation loss.
@@ -57,20 +66,27 @@ def run_rounds(prepared: Prepared, plan: RoundPlan, loop: Loop, progress: RunPro
       KeyboardInterrupt: Ctrl-C; the save in progress has been waited for.
       UserError: no client came back finite, or the disk is full; the last good checkpoint stays.
     """
-    output = prepared.experiment.output
+    output, stopped = prepared.experiment.output, None
     state = initial_state(plan, prepared.adapters)
     with Checkpoints(loop.folder / "checkpoints", output.keep_last, output.keep_best, progress.say) as checkpoints:
-        state = _restored(checkpoints, state, loop, progress)
+        state, known = _restored(checkpoints, state, loop, progress)
+        account = open_account(prepared, loop.folder, known, loop.fingerprint)
         done = int(state.round)
         log = MetricsLog(loop.folder / "metrics.jsonl")
         log.truncate_after(done)
         exchange = exchange_in(prepared)
         with Scalars(loop.folder / "tensorboard", done + 1 if loop.resume else None) as scalars:
             while done < plan.federation.rounds:
-                state, line = _one_round(prepared, plan, state, loop, exchange)
+                try:
+                    charged = None if account is None else charge(account, plan, state)
+                except BudgetSpent as spent:
+                    stopped = str(spent)
+                    progress.say(f"The privacy budget ends the run: {stopped}.")
+                    break
+                state, line = _one_round(prepared, plan, state, loop, exchange, charged)
                 log.append(line)  # before the checkpoint: a resumed run drops it or has it
                 validation = line["validation"]
-                extra = {"fingerprint": loop.fingerprint}
+                extra = {"fingerprint": loop.fingerprint, "ledger": None if account is None else account.head}
                 scalars.round(line)
                 checkpoints.save(line["round"], state, extra, validation["nll"] if validation else None)
                 progress.round(line)
@@ -78,17 +94,19 @@ def run_rounds(prepared: Prepared, plan: RoundPlan, loop: Loop, progress: RunPro
         if output.select == "best" and (best := checkpoints.restore_best(state)) is not None:
             step, state, _ = best
             progress.say(f"Taking the adapters of round {step}, which have the lowest validation loss.")
-    return state
+    return Ended(state, stopped)
 
 
-def _restored(checkpoints: Checkpoints, fresh: RoundState, loop: Loop, progress: RunProgress) -> RoundState:
-    """The newest intact state of a resumed run, else the fresh one."""
+def _restored(
+    checkpoints: Checkpoints, fresh: RoundState, loop: Loop, progress: RunProgress
+) -> tuple[RoundState, str | None]:
+    """The newest intact state of a resumed run and the head of the ledger that it was saved with, else the fresh one."""
     if not loop.resume:
-        return fresh
+        return fresh, None
     found = checkpoints.restore_latest(fresh)
     if found is None:
         progress.say("There is no checkpoint yet: beginning with the first round.")
-        return fresh
+        return fresh, None
     step, state, extra = found
     if extra["fingerprint"] != loop.fingerprint:
         raise UserError(
@@ -96,15 +114,20 @@ def _restored(checkpoints: Checkpoints, fresh: RoundState, loop: Loop, progress:
             "restore them, or start a new run in another folder"
         )
     progress.say(f"Going on after round {step}.")
-    return state
+    return state, extra["ledger"]
 
 
 def _one_round(
-    prepared: Prepared, plan: RoundPlan, state: RoundState, loop: Loop, exchange: Exchange
+    prepared: Prepared,
+    plan: RoundPlan,
+    state: RoundState,
+    loop: Loop,
+    exchange: Exchange,
+    charged: Charge | None,
 ) -> tuple[RoundState, dict[str, Any]]:
     """A round, its validation where one is due, and its line of metrics."""
     began, compiled = time.perf_counter(), loop.clock.seconds
-    state, report = run_round(plan, prepared.base.params, state)
+    state, report = run_round(plan, prepared.base.params, state, 0 if charged is None else charged.attempt)
     jax.block_until_ready(state.adapters)
     spent, compiling = time.perf_counter() - began, loop.clock.seconds - compiled
     number, every = int(state.round), prepared.experiment.evaluation.validation_every
@@ -116,14 +139,20 @@ def _one_round(
         "tokens_per_second": report.tokens / max(spent - compiling, 1e-9),
         "peak_rss_bytes": environment.peak_rss_bytes(),
     }
-    return state, metrics_line(number, report, exchange, validation) | {"timing": timing}
+    epsilon = None if charged is None else charged.epsilon
+    return state, metrics_line(number, report, exchange, validation, epsilon) | {"timing": timing}
 
 
 def metrics_line(
-    number: int, report: RoundReport, exchange: Exchange, validation: Mapping[str, Any] | None
+    number: int,
+    report: RoundReport,
+    exchange: Exchange,
+    validation: Mapping[str, Any] | None,
+    epsilon: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A round's line of ``metrics.jsonl``, without its timing."""
-    included = [client for client in report.clients if client.included]
+    seen = [(c.loss, c.examples) for c in report.clients if c.included and c.loss is not None]
+    losses, examples = zip(*seen, strict=True) if seen else ((), ())
     sites = {
         client.name: {
             "loss": client.loss,
@@ -137,7 +166,7 @@ def metrics_line(
     }
     return {
         "round": number,
-        "loss": float(np.average([c.loss for c in included], weights=[c.examples for c in included])),
+        "loss": float(np.average(losses, weights=examples)) if seen else None,
         "cohort": [client.name for client in report.clients],
         "excluded": [client.name for client in report.clients if not client.included],
         "sites": sites,
@@ -146,8 +175,9 @@ def metrics_line(
         "download_bytes": exchange.download * len(report.clients),
         "upload_bytes": exchange.upload * len(report.clients),
         "update_norm": report.update_norm,
+        "clip_norm": report.clip_norm,
         "validation": validation,
-        "epsilon": None,
+        "epsilon": epsilon,
     }
 
 

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fedjax_llm.data.records import EncodedExample
+from fedjax_llm.data.records import EncodedExample, units_of
 from fedjax_llm.errors import UserError
 from fedjax_llm.federation.sampling import client_id
 from fedjax_llm.training.client_update import LocalTraining
-from fedjax_llm.types import Setting
+from fedjax_llm.types import Setting, Unit
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,19 +18,24 @@ class Client:
       name: of the site, or ``all`` for the one client of the setting centralised.
       id: stable over rounds, cohorts and runs; see ``sampling.client_id``.
       examples: at least one.
+      units: the examples by privacy unit; empty in a run without differential privacy.
     """
 
     name: str
     id: int
     examples: tuple[EncodedExample, ...]
+    units: tuple[tuple[EncodedExample, ...], ...] = ()
 
 
-def clients_of(setting: Setting, sites: Sequence[tuple[str, tuple[EncodedExample, ...]]]) -> tuple[Client, ...]:
+def clients_of(
+    setting: Setting, sites: Sequence[tuple[str, tuple[EncodedExample, ...]]], unit: Unit | None = None
+) -> tuple[Client, ...]:
     """The clients of a setting: the sites, or one that holds everything.
 
     Args:
       setting: of the run.
       sites: names and training examples.
+      unit: of privacy, ``None`` without.
 
     Raises:
       UserError: two sites have one name, a name cannot name a folder, or a site has no training example.
@@ -48,7 +53,10 @@ def clients_of(setting: Setting, sites: Sequence[tuple[str, tuple[EncodedExample
             raise UserError(f"two sites are called {name!r}; site names must be unique")
     if setting == "centralised":
         sites = [("all", tuple(example for _, examples in sites for example in examples))]
-    return tuple(Client(name, client_id(name), tuple(examples)) for name, examples in sites)
+    return tuple(
+        Client(name, client_id(name), tuple(examples), units_of(examples, unit) if unit else ())
+        for name, examples in sites
+    )
 
 
 def local_training_of(setting: Setting, local: LocalTraining, cohort: int) -> LocalTraining:

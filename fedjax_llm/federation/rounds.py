@@ -1,9 +1,12 @@
-"""The round: cohort -> batches -> client updates, chunk by chunk -> the server's view -> aggregation."""
+"""The round: cohort -> batches -> client updates, chunk by chunk -> the server's view -> aggregation.
+
+Where a privacy mechanism bounds and blurs what is released is decided here, and only here, by the mechanism's fields:
+gradients are clipped and steps are noised in local training, deltas and sums in ``federation/release.py``.
+"""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,236 +14,236 @@ import numpy as np
 from jax import Array
 
 from fedjax_llm import trees
-from fedjax_llm.data.packing import Shape, pack, target_count
+from fedjax_llm.data.packing import pack, target_count
+from fedjax_llm.data.records import EncodedExample, unit_name
 from fedjax_llm.errors import UserError
+from fedjax_llm.federation import release
 from fedjax_llm.federation.clients import Client
-from fedjax_llm.federation.sampling import round_key, sample_cohort, sample_steps
+from fedjax_llm.federation.plan import ClientReport, RoundPlan, RoundReport
+from fedjax_llm.federation.sampling import (
+    Cycle,
+    attendance,
+    round_key,
+    sample_clients,
+    sample_cohort,
+    sample_steps,
+    sample_units,
+    secret_round_key,
+    unit_group,
+)
 from fedjax_llm.training import client_update
-from fedjax_llm.training.client_update import LocalTraining, Trainer
-from fedjax_llm.types import Aggregation, Params, PyTree, RoundState, Setting, Stack, Sum, View
-
-
-@dataclass(frozen=True)
-class Federation:
-    """Rounds and cohorts.
-
-    Attributes:
-      rounds: how many.
-      cohort: sites that take part in a round; ``None``: all.
-      weighting: whether a client's update weighs as many training ``examples`` as its site holds, or all weigh alike.
-    """
-
-    rounds: int = 10
-    cohort: int | None = None
-    weighting: Literal["examples", "uniform"] = "examples"
-
-    def __post_init__(self) -> None:
-        """Refuses impossible values."""
-        if self.rounds < 1:
-            raise UserError(f"federation.rounds is {self.rounds}; it must be at least 1")
-        if self.cohort is not None and self.cohort < 1:
-            raise UserError(f"federation.cohort is {self.cohort}; it must be at least 1, or None for all sites")
-
-
-@dataclass(frozen=True)
-class Execution:
-    """How the computation is laid out. Nothing here may change a result (beyond the rounding of f32 sums).
-
-    Attributes:
-      clients_per_chunk: clients whose local states are held at a time.
-      tokens_per_microbatch: padded tokens of a training step; bounds its memory.
-      buckets: row lengths that are compiled.
-      evaluation_buckets: the same for held-out evaluation, which needs no backward pass.
-      remat: recompute activations in the backward pass.
-    """
-
-    clients_per_chunk: int = 16
-    tokens_per_microbatch: int = 512
-    buckets: int = 3
-    evaluation_buckets: int = 3
-    remat: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuses impossible values."""
-        for name in ("clients_per_chunk", "tokens_per_microbatch", "buckets", "evaluation_buckets"):
-            if getattr(self, name) < 1:
-                raise UserError(f"execution.{name} is {getattr(self, name)}; it must be at least 1")
-
-
-class RoundPlan(NamedTuple):
-    """All that stays the same from round to round.
-
-    Attributes:
-      setting: of the run.
-      trainer: the static half of local training.
-      aggregation: the server's algorithm.
-      federation: rounds and cohorts.
-      local: what clients do.
-      execution: chunks.
-      shapes: of microbatches.
-      clients: all of them, in the order of the client axis of a run's state.
-      cohort: clients a round.
-      key: of the run.
-    """
-
-    setting: Setting
-    trainer: Trainer
-    aggregation: Aggregation
-    federation: Federation
-    local: LocalTraining
-    execution: Execution
-    shapes: tuple[Shape, ...]
-    clients: tuple[Client, ...]
-    cohort: int
-    key: Array
-
-
-@dataclass(frozen=True)
-class ClientReport:
-    """What a client did in a round. ``loss`` is in nats a target token; ``included`` says whether it was finite."""
-
-    name: str
-    loss: float
-    tokens: int
-    examples: int
-    update_norm: float
-    included: bool
-
-
-@dataclass(frozen=True)
-class RoundReport:
-    """What happened in a round. Tokens are counted without and with padding."""
-
-    clients: tuple[ClientReport, ...]
-    tokens: int
-    padded_tokens: int
-    update_norm: float
+from fedjax_llm.training.client_update import LocalTraining, Secrets
+from fedjax_llm.types import Params, PyTree, RoundState
 
 
 class _Chunk(NamedTuple):
     """The outcome of a chunk of clients: leaves [C, ...] of which the first ``len(reports)`` are real."""
 
     adapters: PyTree
-    optimizer: PyTree
+    kept: dict[str, PyTree]
     deltas: PyTree
     weights: Array
-    finite: Array
+    below_clip: Array
     reports: tuple[ClientReport, ...]
     padded_tokens: int
 
 
 def initial_state(plan: RoundPlan, adapters: PyTree) -> RoundState:
     """The state before the first round. In the setting local every site has adapters of its own, [N, ...]."""
-    count = len(plan.clients)
+    count, mechanism = len(plan.clients), plan.mechanism
     client_state = {}
     if plan.local.keep_optimizer == "yes":
         client_state["optimizer"] = jax.vmap(plan.trainer.optimizer.init)(trees.repeat(adapters, count))
+    if plan.trainer.mix is not None:
+        assert mechanism is not None
+        client_state["noise"] = trees.repeat(mechanism.correlated.init(_wide(adapters)), count)
     server_state = plan.aggregation.init(adapters)
+    privacy_state = release.initial_state(mechanism, _wide(adapters))
     if plan.setting == "local":
         adapters = trees.repeat(adapters, count)
-    return RoundState(jnp.int32(0), adapters, server_state, client_state)
+    return RoundState(jnp.int32(0), adapters, server_state, client_state, privacy_state)
 
 
-def run_round(plan: RoundPlan, params: Params, state: RoundState) -> tuple[RoundState, RoundReport]:
+def _wide(adapters: PyTree) -> PyTree:
+    """Zeros like the adapters, in f32, the type of sums and noise."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), adapters)
+
+
+def cohort_of(plan: RoundPlan, number: int, attempt: int = 0) -> np.ndarray:
+    """The clients of a round, int [C], ascending; under a mechanism that samples them a secret, and maybe nobody."""
+    mechanism = plan.mechanism
+    if mechanism is not None and mechanism.cohort_probability is not None:
+        key = secret_round_key(_secret(plan), number, attempt, "cohort")
+        return sample_clients(key, len(plan.clients), mechanism.cohort_probability)
+    return sample_cohort(round_key(plan.key, number, "cohort"), len(plan.clients), plan.cohort)
+
+
+def run_round(
+    plan: RoundPlan, params: Params, state: RoundState, attempt: int = 0
+) -> tuple[RoundState, RoundReport]:
     """One round.
 
     Args:
       plan: what stays the same.
       params: the frozen weights.
       state: after the round before.
+      attempt: how often this round has been released with other noise before (``privacy/ledger.py``).
 
     Returns:
       The next state, and a report.
 
     Raises:
-      UserError: not one client of the cohort came back with a finite update.
+      UserError: without differential privacy, not one client of the cohort came back with a finite update.
     """
     number = int(state.round) + 1
-    cohort = sample_cohort(round_key(plan.key, number, "cohort"), len(plan.clients), plan.cohort)
-    slots = min(plan.execution.clients_per_chunk, len(cohort))
-    view, adapters, client_state = None, state.adapters, state.client_state
+    cohort = cohort_of(plan, number, attempt)
+    sampled = plan.mechanism is not None and plan.mechanism.cohort_probability is not None
+    slots = min(plan.execution.clients_per_chunk, len(plan.clients) if sampled else len(cohort))
+    view, adapters, client_state = release.nothing(plan, state.adapters), state.adapters, dict(state.client_state)
     reports: list[ClientReport] = []
-    padded_tokens = 0
+    padded_tokens, below_clip = 0, jnp.float32(0)
     for first in range(0, len(cohort), slots):
         members = cohort[first : first + slots]
         # Slots that stay empty point past the end: reading clamps, writing drops.
         index = jnp.asarray(np.concatenate([members, np.full(slots - len(members), len(plan.clients))]))
-        chunk = _run_chunk(plan, params, state, [plan.clients[i] for i in members], index, number)
+        chunk = _run_chunk(plan, params, state, members, index, (number, attempt))
         if plan.setting == "local":
             adapters = trees.put(adapters, index, chunk.adapters)
         else:
-            view = _join(view, plan.aggregation.view, chunk)
-        if client_state:
-            client_state = client_state | {"optimizer": trees.put(client_state["optimizer"], index, chunk.optimizer)}
+            view = release.join(view, plan.aggregation.view, chunk.deltas, chunk.weights, len(members))
+        for name, kept in chunk.kept.items():
+            client_state[name] = trees.put(client_state[name], index, kept)
+        below_clip += chunk.below_clip
         reports.extend(chunk.reports)
         padded_tokens += chunk.padded_tokens
-    if not any(report.included for report in reports):
+    if plan.mechanism is None and not any(report.included for report in reports):
         raise UserError(
             f"round {number}: not one client came back with a finite update (losses: "
             + ", ".join(f"{report.name} {report.loss:.3g}" for report in reports)
             + "); lower training.optimizer.learning_rate"
         )
-    server_state = state.server_state
+    server_state, privacy_state, clip_norm = state.server_state, state.privacy_state, None
+    if plan.mechanism is not None:
+        clip_norm = release.clip_norm(plan.mechanism, privacy_state)
+        view, privacy_state = release.noised_sum(plan, view, privacy_state, below_clip, number, attempt)
     if view is not None:
         adapters, server_state = _aggregate(plan.aggregation.update, view, state.server_state, state.adapters)
-    return RoundState(jnp.int32(number), adapters, server_state, client_state), RoundReport(
+    return RoundState(jnp.int32(number), adapters, server_state, client_state, privacy_state), RoundReport(
         clients=tuple(reports),
         tokens=sum(report.tokens for report in reports),
         padded_tokens=padded_tokens,
         update_norm=_distance(adapters, state.adapters),
+        clip_norm=None if clip_norm is None else float(clip_norm),
     )
 
 
 def _run_chunk(
-    plan: RoundPlan, params: Params, state: RoundState, clients: Sequence[Client], index: Array, number: int
+    plan: RoundPlan, params: Params, state: RoundState, members: np.ndarray, index: Array, moment: tuple[int, int]
 ) -> _Chunk:
-    """Local training of a chunk of the cohort."""
-    local, slots = plan.local, len(index)
-    order, dropout = (round_key(plan.key, number, purpose) for purpose in ("order", "dropout"))
-    steps = None if local.local_epochs is not None else local.local_steps
-    work = [
-        sample_steps(jax.random.fold_in(order, c.id), c.examples, local.batch_size, steps, local.local_epochs)
-        for c in clients
-    ]
+    """Local training of a chunk of the cohort, in a round and attempt."""
+    clients, slots, mechanism = [plan.clients[i] for i in members], len(index), plan.mechanism
+    work = [_work(plan, int(i), *moment) for i in members]
     ids = jnp.array([client.id for client in clients] + [0] * (slots - len(clients)))
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(dropout, ids)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(round_key(plan.key, moment[0], "dropout"), ids)
     anchor = trees.take(state.adapters, index) if plan.setting == "local" else trees.repeat(state.adapters, slots)
-    kept = trees.take(state.client_state["optimizer"], index) if "optimizer" in state.client_state else None
-    per_token = local.normalise == "token"
-    batches = list(pack(work, plan.shapes, clients=slots, per_token=per_token))
-    rates = _learning_rates(local, work, slots, number, plan.federation.rounds)
-    begun = client_update.start(plan.trainer, anchor, kept)
-    ended = client_update.run(plan.trainer, params, begun, batches, keys, rates)
-    weights = np.zeros(slots, np.float32)
-    weights[: len(clients)] = [_weight(plan.federation, client) for client in clients]
-    deltas, weights, norms, finite = _deltas(ended, anchor, weights)
-    examples = [[example for step in steps for example in step] for steps in work]
-    sums, norms, finite_host = (np.asarray(array) for array in (ended.loss, norms, finite))
-    reports = tuple(
-        ClientReport(
-            name=client.name,
-            loss=float(sums[c]) / (sum(map(target_count, seen)) if per_token else len(seen)),
-            tokens=sum(len(example.tokens) for example in seen),
-            examples=len(seen),
-            update_norm=float(norms[c]),
-            included=bool(finite_host[c]),
-        )
-        for c, (client, seen) in enumerate(zip(clients, examples, strict=True))
-    )
+    kept = {name: trees.take(tree, index) for name, tree in state.client_state.items()}
+    public = None
+    if mechanism is not None and mechanism.clipped == "gradients":
+        public = [float(mechanism.denominators[i]) for i in members]
+    per_token = plan.local.normalise == "token"
+    batches = list(pack(work, plan.shapes, clients=slots, per_token=per_token, denominators=public))
+    rates = _learning_rates(plan.local, work, slots, moment[0], plan.federation.rounds)
+    begun = client_update.start(plan.trainer, anchor, kept.get("optimizer"), kept.get("noise", ()))
+    secrets = _secrets(plan, ids, index, *moment)
+    ended = client_update.run(plan.trainer, params, begun, batches, keys, rates, plan.frozen, secrets)
+    updates = release.updates(plan, ended, anchor, _weights(plan, clients, slots), state.privacy_state)
+    deltas = release.noised_deltas(plan, updates.deltas, ids, index, *moment)
+    # Noise that was drawn is gone, whatever became of the update: its state always moves on.
+    moved_on = {"optimizer": trees.select(updates.finite, ended.optimizer, begun.optimizer), "noise": ended.noise}
     return _Chunk(
-        adapters=trees.select(finite, ended.adapters, anchor),
-        optimizer=trees.select(finite, ended.optimizer, begun.optimizer),
+        adapters=trees.select(updates.finite, ended.adapters, anchor),
+        kept={name: moved_on[name] for name in kept},
         deltas=deltas,
-        weights=weights,
-        finite=finite,
-        reports=reports,
+        weights=updates.weights,
+        below_clip=updates.below_clip,
+        reports=_reports(clients, work, per_token, ended.loss, updates),
         padded_tokens=sum(batch.tokens.size for batch in batches),
     )
 
 
-def _weight(federation: Federation, client: Client) -> float:
-    """A client's weight in the average."""
-    return float(len(client.examples)) if federation.weighting == "examples" else 1.0
+def _work(plan: RoundPlan, place: int, number: int, attempt: int) -> Sequence[Sequence[Any]]:
+    """The batches of a client's round: Poisson samples of its units under a mechanism that samples them."""
+    client, local, mechanism = plan.clients[place], plan.local, plan.mechanism
+    if mechanism is None or mechanism.sampling is None:
+        steps = None if local.local_epochs is not None else local.local_steps
+        key = jax.random.fold_in(round_key(plan.key, number, "order"), client.id)
+        return sample_steps(key, client.examples, local.batch_size, steps, local.local_epochs)
+    key = jax.random.fold_in(secret_round_key(_secret(plan), number, attempt, "units"), client.id)
+    probability = float(mechanism.sampling[place])
+    cycle = _cycle(plan, place, number)
+    return sample_units(key, client.units, probability, local.local_steps, mechanism.examples_per_unit, cycle)
+
+
+def _cycle(plan: RoundPlan, place: int, number: int) -> Cycle | None:
+    """Whose turn it is at a client under cyclic sampling; ``None`` where every unit may always take part."""
+    mechanism, client = plan.mechanism, plan.clients[place]
+    if mechanism is None or mechanism.correlated is None or mechanism.correlated.cyclic == 1:
+        return None
+    groups = mechanism.correlated.cyclic
+    before = attendance(plan.key, number - 1, len(plan.clients), plan.cohort)[:, place].sum()
+    names = [unit_name(unit[0].record_id, unit[0].owner, mechanism.unit) for unit in client.units]
+    member = np.array([unit_group(name, groups, client.id) for name in names])
+    return Cycle(int(before) * plan.local.local_steps, groups, member)
+
+
+def _secret(plan: RoundPlan) -> Array:
+    """The run's secret key."""
+    assert plan.secret_key is not None, "a plan with a mechanism has a secret key"
+    return plan.secret_key
+
+
+def _secrets(plan: RoundPlan, ids: Array, index: Array, number: int, attempt: int) -> Secrets | None:
+    """The keys and the size of the noise that sites add to their steps, where they do."""
+    if plan.mechanism is None or plan.mechanism.noised != "steps":
+        return None
+    key = secret_round_key(_secret(plan), number, attempt, "site noise")
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, ids)
+    stddev = jnp.asarray(plan.mechanism.stddev * plan.mechanism.clip.norm, jnp.float32)
+    return Secrets(keys, stddev[index])
+
+
+def _weights(plan: RoundPlan, clients: Sequence[Client], slots: int) -> np.ndarray:
+    """f32 [C]: the clients' weights in the sum; zero in empty slots."""
+    weights, mechanism = np.zeros(slots, np.float32), plan.mechanism
+    for c, client in enumerate(clients):
+        if mechanism is not None and mechanism.noised == "sum":
+            weights[c] = 1.0 if mechanism.site_weights is None else mechanism.site_weights(len(client.examples))
+        else:
+            weights[c] = len(client.examples) if plan.federation.weighting == "examples" else 1.0
+    return weights
+
+
+def _reports(
+    clients: Sequence[Client], work: Sequence[Any], per_token: bool, losses: Array, updates: release.Updates
+) -> tuple[ClientReport, ...]:
+    """What each client did."""
+    sums, norms, finite = (np.asarray(array) for array in (losses, updates.norms, updates.finite))
+    reports = []
+    for c, (client, steps) in enumerate(zip(clients, work, strict=True)):
+        units = [unit if isinstance(unit, tuple) else (unit,) for step in steps for unit in step]
+        seen: list[EncodedExample] = [example for unit in units for example in unit]
+        count = sum(map(target_count, seen)) if per_token else len(units)
+        reports.append(
+            ClientReport(
+                name=client.name,
+                loss=float(sums[c]) / count if count else None,
+                tokens=sum(len(example.tokens) for example in seen),
+                examples=len(seen),
+                update_norm=float(norms[c]),
+                included=bool(finite[c]),
+            )
+        )
+    return tuple(reports)
 
 
 def _learning_rates(
@@ -252,26 +255,6 @@ def _learning_rates(
     for c, steps in enumerate(work):
         rates[c, : len(steps)] = [over_rounds * local.local_schedule.factor(s, len(steps)) for s in range(len(steps))]
     return rates
-
-
-@jax.jit
-def _deltas(ended: client_update.LocalState, anchor: PyTree, weights: Array) -> tuple[PyTree, Array, Array, Array]:
-    """Deltas, weights, norms and finiteness of clients [C]; a client that is not finite gets weight and delta zero."""
-    deltas = jax.tree.map(lambda new, old: new.astype(jnp.float32) - old.astype(jnp.float32), ended.adapters, anchor)
-    norms = trees.norms(deltas)
-    finite = jnp.isfinite(norms) & jnp.isfinite(ended.loss)
-    zeros = jax.tree.map(jnp.zeros_like, deltas)
-    return trees.select(finite, deltas, zeros), jnp.where(finite, weights, 0.0), norms, finite
-
-
-def _join(view: View | None, kind: type, chunk: _Chunk) -> View:
-    """The server's view with one more chunk. A sum does not grow with the cohort; a stack does."""
-    if kind is Stack:
-        real = len(chunk.reports)
-        part = Stack(jax.tree.map(lambda leaf: leaf[:real], chunk.deltas), chunk.weights[:real])
-        return part if view is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b]), view, part)
-    part = Sum(trees.weighted_sum(chunk.weights, chunk.deltas), jnp.sum(chunk.weights))
-    return part if view is None else jax.tree.map(jnp.add, view, part)
 
 
 _aggregate = jax.jit(lambda update, view, state, adapters: update(view, state, adapters), static_argnums=0)

@@ -1,13 +1,16 @@
 """Who takes part in a round, and with which examples: functions of the round's key, on the host."""
 
+import hashlib
 import zlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax import Array
 
 from fedjax_llm.data.records import EncodedExample
+from fedjax_llm.privacy import noise
 
 _PURPOSES = ("cohort", "order", "dropout")
 
@@ -16,6 +19,19 @@ def round_key(key: Array, round_number: int, purpose: str) -> Array:
     """The key of one purpose in one round: ``cohort``, ``order`` of the examples, or ``dropout``."""
     keys = jax.random.split(jax.random.fold_in(key, round_number), len(_PURPOSES))
     return keys[_PURPOSES.index(purpose)]
+
+
+_SECRETS = ("cohort", "units", "site noise", "sum noise", "count noise")
+
+
+def secret_round_key(key: Array, round_number: int, attempt: int, purpose: str) -> Array:
+    """The key of one secret purpose in one attempt at a round.
+
+    Who is sampled (``cohort``, ``units``) and the noise (``site noise``, ``sum noise``, ``count noise``) depend on the
+    attempt, so that a round that is released again is a release of its own.
+    """
+    keys = jax.random.split(noise.round_noise_key(key, round_number, attempt), len(_SECRETS))
+    return keys[_SECRETS.index(purpose)]
 
 
 def client_id(name: str) -> int:
@@ -42,6 +58,14 @@ def sample_cohort(key: Array, sites: int, size: int | None) -> np.ndarray:
     if size is None or size >= sites:
         return np.arange(sites)
     return np.sort(generator(key).choice(sites, size=size, replace=False))
+
+
+def attendance(key: Array, rounds: int, sites: int, size: int | None) -> np.ndarray:
+    """Which sites take part in which of the first rounds, where the cohort is no secret: bool [rounds, N]."""
+    present = np.zeros((rounds, sites), bool)
+    for number in range(1, rounds + 1):
+        present[number - 1, sample_cohort(round_key(key, number, "cohort"), sites, size)] = True
+    return present
 
 
 def sample_steps(
@@ -71,3 +95,73 @@ def sample_steps(
     wanted = steps * batch_size
     order = np.concatenate([rng.permutation(len(examples)) for _ in range(-(-wanted // len(examples)))])
     return [[examples[i] for i in order[s * batch_size : (s + 1) * batch_size]] for s in range(steps)]
+
+
+def sample_clients(key: Array, clients: int, probability: float) -> np.ndarray:
+    """A Poisson sample: every client takes part with this probability, whatever the others do; maybe none does.
+
+    Args:
+      key: secret, for this round alone.
+      clients: how many there are.
+      probability: in (0, 1].
+
+    Returns:
+      int [C], ascending.
+    """
+    return np.flatnonzero(generator(key).random(clients) < probability)
+
+
+class Cycle(NamedTuple):
+    """Units dealt out to groups that take turns, so that a unit takes part at most once in ``groups`` steps.
+
+    Attributes:
+      first: number of the round's first step in the client's whole run.
+      groups: how many; step ``i`` of the run samples from group ``i % groups`` alone.
+      member: int [U], the group of every unit.
+    """
+
+    first: int
+    groups: int
+    member: np.ndarray
+
+
+def unit_group(name: tuple[str, str], groups: int, seed: int) -> int:
+    """The group of a unit: a hash of its own name, so that no other unit's presence changes it."""
+    return int.from_bytes(hashlib.sha256(repr((name, seed)).encode()).digest()[:8]) % groups
+
+
+def sample_units(
+    key: Array,
+    units: Sequence[Sequence[EncodedExample]],
+    probability: float,
+    steps: int,
+    examples_per_unit: int,
+    cycle: Cycle | None = None,
+) -> list[list[tuple[EncodedExample, ...]]]:
+    """The Poisson batches of a client's round. Nothing is truncated, and a batch may be empty.
+
+    Args:
+      key: of this client in this round; secret.
+      units: the client's examples by privacy unit.
+      probability: with which each unit takes part in a step, whatever the others do.
+      steps: local steps of the round.
+      examples_per_unit: how many of a sampled unit's examples stand for it, drawn anew in every step.
+      cycle: whose turn it is; ``None``: every unit may take part in every step.
+
+    Returns:
+      One list a step, of the chosen examples of each sampled unit.
+    """
+    rng = generator(key)
+    batches = []
+    for step in range(steps):
+        taken = rng.random(len(units)) < probability
+        if cycle is not None:
+            taken &= cycle.member == (cycle.first + step) % cycle.groups
+        batch = []
+        for place in np.flatnonzero(taken):
+            unit = units[place]
+            few = len(unit) > examples_per_unit
+            chosen = rng.choice(len(unit), examples_per_unit, replace=False) if few else range(len(unit))
+            batch.append(tuple(unit[i] for i in chosen))
+        batches.append(batch)
+    return batches

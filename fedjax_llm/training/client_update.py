@@ -1,10 +1,11 @@
 """One round of local training, for all clients of a chunk at once.
 
 Local state is stacked over client slots [C]. A microbatch adds its rows' gradients to their clients' sums; when a
-client's step is complete, its optimiser takes a step with the mean, and the others stand still.
+client's step is complete, its optimiser takes a step with the mean, and the others stand still. Under differential
+privacy each unit's gradient is clipped on its way into the sum, and noise may be added to the sum before the step.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
@@ -19,9 +20,11 @@ from fedjax_llm import trees
 from fedjax_llm.data.packing import Microbatch
 from fedjax_llm.errors import UserError
 from fedjax_llm.models.causal_lm import CausalLM
+from fedjax_llm.privacy import noise as noises
+from fedjax_llm.privacy.clipping import Clip, clip_units
 from fedjax_llm.training.optimizers import Optimizer, Schedule
 from fedjax_llm.training.rows import Rows, example_gradients
-from fedjax_llm.types import Params, PyTree
+from fedjax_llm.types import Adapters, Params, PyTree
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,14 @@ class LocalState(NamedTuple):
       optimizer: the states of their optimisers.
       gradients: sums over the rows of the open step so far.
       loss: sums of the row losses so far.
+      noise: state of the noise's correlation over the steps; empty where it is independent.
     """
 
     adapters: PyTree
     optimizer: PyTree
     gradients: PyTree
     loss: Array
+    noise: PyTree = ()
 
 
 class Trainer(NamedTuple):
@@ -86,27 +91,49 @@ class Trainer(NamedTuple):
       scaling: alpha / rank.
       optimizer: the optax transformation.
       proximal: FedProx's mu.
+      clip: of each unit's gradient; ``None``: not clipped.
+      grouped: whether a unit may have several rows in a microbatch.
+      noisy: whether noise is added to each step's sum.
+      mix: ``mix(noise, state) -> (noise, state)`` correlates a step's noise with that of the steps before; ``None``:
+        independent noise.
     """
 
     model: CausalLM
     scaling: float
     optimizer: optax.GradientTransformation
-    proximal: float
+    proximal: float = 0.0
+    clip: Clip | None = None
+    grouped: bool = False
+    noisy: bool = False
+    mix: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]] | None = None
 
 
-def start(trainer: Trainer, adapters: PyTree, optimizer: PyTree | None = None) -> LocalState:
+class Secrets(NamedTuple):
+    """What only the sites know of a round.
+
+    Attributes:
+      keys: typed keys [C] of each client's noise in this round.
+      stddev: f32 [C], the standard deviation of the noise on each step's sum.
+    """
+
+    keys: Array
+    stddev: Array
+
+
+def start(trainer: Trainer, adapters: PyTree, optimizer: PyTree | None = None, noise: PyTree = ()) -> LocalState:
     """Clients at the beginning of a round.
 
     Args:
       trainer: the static half.
       adapters: what each client starts from, leaves [C, ...].
       optimizer: the clients' optimiser states [C, ...]; ``None`` makes fresh ones.
+      noise: the states of their correlated noise [C, ...], which last over the rounds.
     """
     if optimizer is None:
         optimizer = jax.vmap(trainer.optimizer.init)(adapters)
     clients = jax.tree.leaves(adapters)[0].shape[0]
     gradients = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), adapters)
-    return LocalState(adapters, optimizer, gradients, jnp.zeros(clients))
+    return LocalState(adapters, optimizer, gradients, jnp.zeros(clients), noise)
 
 
 def run(
@@ -116,6 +143,8 @@ def run(
     microbatches: Iterable[Microbatch],
     client_keys: Array,
     learning_rates: np.ndarray,
+    frozen: Adapters | None = None,
+    secrets: Secrets | None = None,
 ) -> LocalState:
     """Runs a round's microbatches in order.
 
@@ -126,38 +155,71 @@ def run(
       microbatches: from ``data.packing.pack``.
       client_keys: typed keys [C] of this round.
       learning_rates: [C, S] factors of the base learning rate, for every client and local step.
+      frozen: factors that are not trained, leaves [...].
+      secrets: of the noise, where ``trainer.noisy``.
     """
     anchor = state.adapters
     for batch in microbatches:
         rows = Rows(*(getattr(batch, name) for name in Rows._fields))
-        state = accumulate(trainer, params, state, rows, client_keys)
+        state = accumulate(trainer, params, state, rows, client_keys, frozen)
         if batch.finished.any():
             rates = learning_rates[np.arange(len(batch.finished)), batch.finished_step].astype(np.float32)
-            state = step(trainer, state, anchor, batch.finished, batch.denominator, rates)
+            steps = (batch.finished, batch.denominator, rates)
+            state = step(trainer, state, anchor, *steps, batch.finished_step, secrets)
     return state
 
 
-def accumulate(trainer: Trainer, params: Params, state: LocalState, rows: Rows, client_keys: Array) -> LocalState:
-    """Adds the gradients and the losses of a microbatch to its clients' sums."""
+def accumulate(
+    trainer: Trainer,
+    params: Params,
+    state: LocalState,
+    rows: Rows,
+    client_keys: Array,
+    frozen: Adapters | None = None,
+) -> LocalState:
+    """Adds the (clipped) gradients and the losses of a microbatch to its clients' sums."""
     sums = (state.gradients, state.loss)
-    gradients, loss = _accumulate(trainer.model, trainer.scaling, params, state.adapters, sums, rows, client_keys)
+    static = (trainer.model, trainer.scaling, trainer.clip, trainer.grouped)
+    gradients, loss = _accumulate(*static, params, state.adapters, frozen or {}, sums, rows, client_keys)
     return state._replace(gradients=gradients, loss=loss)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _accumulate(
-    model: CausalLM, scaling: float, params: Params, adapters: PyTree, sums: PyTree, rows: Rows, client_keys: Array
+    model: CausalLM,
+    scaling: float,
+    clip: Clip | None,
+    grouped: bool,
+    params: Params,
+    adapters: PyTree,
+    frozen: PyTree,
+    sums: PyTree,
+    rows: Rows,
+    client_keys: Array,
 ) -> PyTree:
     """The new sums of (gradients, losses). It knows no optimiser, so that another one compiles no new backward pass."""
-    losses, gradients = example_gradients(model, scaling, params, adapters, rows, client_keys)
-    clients = client_keys.shape[0]
-    summed = trees.segment_sum((gradients, losses), rows.client, clients)
+    losses, gradients = example_gradients(model, scaling, params, adapters, rows, client_keys, frozen)
+    clients, owner = client_keys.shape[0], rows.client
+    if clip is not None:
+        if grouped:
+            gradients = trees.segment_sum(gradients, rows.unit, rows.unit.shape[0])
+            owner = jax.ops.segment_max(rows.client, rows.unit, rows.unit.shape[0])
+            owner = jnp.clip(owner, 0)  # numbers without rows: their sums are zero
+        gradients = clip_units(gradients, clip)
+    summed = (trees.segment_sum(gradients, owner, clients), trees.segment_sum(losses, rows.client, clients))
     return jax.tree.map(jnp.add, sums, summed)
 
 
 @partial(jax.jit, static_argnums=0)
 def step(
-    trainer: Trainer, state: LocalState, anchor: PyTree, finished: Array, denominator: Array, rates: Array
+    trainer: Trainer,
+    state: LocalState,
+    anchor: PyTree,
+    finished: Array,
+    denominator: Array,
+    rates: Array,
+    number: Array | None = None,
+    secrets: Secrets | None = None,
 ) -> LocalState:
     """One optimiser step of the clients that are ``finished`` [C] with a batch; the others stay as they are.
 
@@ -166,8 +228,10 @@ def step(
       state: with the summed gradients.
       anchor: what the clients started the round from, [C, ...].
       finished: bool [C].
-      denominator: f32 [C], what the sums are divided by.
+      denominator: f32 [C], what the (noised) sums are divided by.
       rates: f32 [C], factors of the base learning rate.
+      number: int32 [C], which step of the round that is; needed where ``trainer.noisy``, as are
+      secrets: of the noise.
     """
 
     def one(adapters, optimizer, gradients, anchor, denominator, rate):
@@ -178,11 +242,26 @@ def step(
         updates = jax.tree.map(lambda u: (u * rate).astype(u.dtype), updates)
         return optax.apply_updates(adapters, updates), optimizer
 
-    adapters, optimizer = jax.vmap(one)(state.adapters, state.optimizer, state.gradients, anchor, denominator, rates)
+    gradients, mixed = _noised(trainer, state, number, secrets)
+    adapters, optimizer = jax.vmap(one)(state.adapters, state.optimizer, gradients, anchor, denominator, rates)
     zeros = jax.tree.map(jnp.zeros_like, state.gradients)
     return LocalState(
         adapters=trees.select(finished, adapters, state.adapters),
         optimizer=trees.select(finished, optimizer, state.optimizer),
         gradients=trees.select(finished, zeros, state.gradients),
         loss=state.loss,
+        noise=trees.select(finished, mixed, state.noise),
     )
+
+
+def _noised(trainer: Trainer, state: LocalState, number: Array | None, secrets: Secrets | None) -> tuple[PyTree, PyTree]:
+    """The clients' sums with the noise of their step ``number`` [C], and the states of the noise after it."""
+    if not trainer.noisy:
+        return state.gradients, state.noise
+    assert secrets is not None, "a noisy trainer needs keys"
+    keys = jax.vmap(noises.step_key)(secrets.keys, number)
+    noise = jax.vmap(noises.gaussian)(keys, state.gradients, secrets.stddev)
+    mixed = state.noise
+    if trainer.mix is not None:
+        noise, mixed = jax.vmap(trainer.mix)(noise, mixed)
+    return jax.tree.map(jnp.add, state.gradients, noise), mixed

@@ -24,6 +24,7 @@ class Rows(NamedTuple):
     client: Array
     step: Array
     index: Array
+    unit: Array
     target_row: Array
     target_position: Array
     target_token: Array
@@ -37,6 +38,7 @@ def row_losses(
     adapters: Adapters,
     rows: Rows,
     dropout_keys: Array | None = None,
+    frozen: Adapters | None = None,
 ) -> Array:
     """The loss of each row: the weighted sum of its targets' negative log-likelihoods.
 
@@ -47,18 +49,26 @@ def row_losses(
       adapters: every row's own, leaves [M, ...]; or shared ones, leaves [...].
       rows: a microbatch.
       dropout_keys: [M], or ``None`` for no dropout.
+      frozen: factors that are not trained, leaves [...].
 
     Returns:
       f32 [M], nats.
     """
-    hidden = model.hidden(params, low_rank.scaled(adapters, scaling), rows.tokens, dropout_keys=dropout_keys)
+    whole = low_rank.scaled(low_rank.join(adapters, frozen or {}), scaling)
+    hidden = model.hidden(params, whole, rows.tokens, dropout_keys=dropout_keys)
     picked = hidden[rows.target_row, rows.target_position]
     weighted = rows.target_weight * target_nll(model, params, picked, rows.target_token)
     return jax.ops.segment_sum(weighted, rows.target_row, rows.tokens.shape[0])
 
 
 def example_gradients(
-    model: CausalLM, scaling: float, params: Params, adapters: Adapters, rows: Rows, client_keys: Array
+    model: CausalLM,
+    scaling: float,
+    params: Params,
+    adapters: Adapters,
+    rows: Rows,
+    client_keys: Array,
+    frozen: Adapters | None = None,
 ) -> tuple[Array, Adapters]:
     """Losses and per-example gradients of a microbatch.
 
@@ -69,6 +79,7 @@ def example_gradients(
       adapters: of the clients, leaves [C, ...].
       rows: a microbatch; ``rows.client`` [M] are slots of ``adapters``.
       client_keys: typed keys [C] of this round.
+      frozen: factors that are not trained, leaves [...].
 
     Returns:
       (f32 [M], leaves [M, ...]). Padding rows have loss and gradient zero.
@@ -76,7 +87,7 @@ def example_gradients(
     keys = row_keys(client_keys, rows) if model.dropout else None
 
     def total(own: Adapters) -> tuple[Array, Array]:
-        losses = row_losses(model, scaling, params, own, rows, keys)
+        losses = row_losses(model, scaling, params, own, rows, keys, frozen)
         return jnp.sum(losses), losses
 
     (_, losses), gradients = jax.value_and_grad(total, has_aux=True)(trees.take(adapters, rows.client))

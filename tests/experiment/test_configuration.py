@@ -10,7 +10,7 @@ import pytest
 from fedjax_llm import config
 from fedjax_llm.config import Data, Experiment, Model, Output, check, load, to_json
 from fedjax_llm.errors import UserError
-from fedjax_llm.federation.rounds import Federation
+from fedjax_llm.federation.plan import Federation
 from fedjax_llm.lora import Lora
 from fedjax_llm.runs.directory import differences
 from fedjax_llm.training.optimizers import Optimizer

@@ -16,7 +16,8 @@ from fedjax_llm.aggregation.fedadam import FedAdam
 from fedjax_llm.aggregation.fedavg import FedAvg
 from fedjax_llm.errors import UserError
 from fedjax_llm.federation import rounds
-from fedjax_llm.federation.rounds import Execution, Federation, initial_state, run_round
+from fedjax_llm.federation.plan import Execution, Federation
+from fedjax_llm.federation.rounds import initial_state, run_round
 from fedjax_llm.federation.sampling import round_key, sample_cohort
 from fedjax_llm.training.client_update import LocalTraining
 from fedjax_llm.training.optimizers import Schedule

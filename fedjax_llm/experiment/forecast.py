@@ -1,0 +1,220 @@
+"""What a configuration will guarantee, before anything is trained and without its model."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fedjax_llm.config import Experiment
+from fedjax_llm.data.splits import SplitSite
+from fedjax_llm.experiment.prepare import load_dataset, split_sites
+from fedjax_llm.experiment.protection import population_of, protection
+from fedjax_llm.privacy import accounting, guarantee, statement
+from fedjax_llm.privacy.events import Event
+from fedjax_llm.privacy.mechanism import EVERY_SITE, Mechanism, Population
+from fedjax_llm.privacy.participation import accounts
+from fedjax_llm.runs.progress import RunProgress, privacy_table, settings_table
+from fedjax_llm.runs.recount import in_words
+from fedjax_llm.runs.statement import bound
+
+NOISE_FACTORS = (0.5, 2**-0.5, 1.0, 2**0.5, 2.0)
+"""Of the configuration's noise, in the table."""
+ROUND_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
+"""Of the configuration's rounds, in the table."""
+_MOST_EVENTS = 12
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Epsilon of one account over noise and rounds.
+
+    Attributes:
+      account: the one with the largest epsilon under the configuration itself.
+      rounds: of the columns.
+      noise: noise multipliers of the rows.
+      epsilon: ``[noise][rounds]``.
+    """
+
+    account: str
+    rounds: tuple[int, ...]
+    noise: tuple[float, ...]
+    epsilon: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Forecast:
+    """What a private configuration will guarantee.
+
+    Attributes:
+      mechanism: with its noise.
+      planned: what the whole run will release, by the names that it is charged to.
+      statement: as a run's ``summary.json`` will hold it, if all rounds are run.
+      grid: epsilon over noise and rounds.
+    """
+
+    mechanism: Mechanism
+    planned: Mapping[str, tuple[Event, ...]]
+    statement: Mapping[str, Any]
+    grid: Grid
+
+
+def forecast(experiment: Experiment, progress: RunProgress) -> Forecast | None:
+    """Reads the text, calibrates noise, and accounts for all rounds; ``None`` without differential privacy.
+
+    Raises:
+      UserError: the mechanism cannot protect this experiment, or no noise meets its target.
+    """
+    if experiment.privacy.mechanism is None or experiment.setting == "base":
+        return None
+    with progress.phase("Reading the text"):
+        sites = split_sites(experiment, load_dataset(experiment))
+    with progress.phase("Calibrating noise", unit="tries") as advance:
+        found = protection(experiment, sites, lambda done, total: advance(1))
+    assert found is not None
+    mechanism, population = found
+    planned = releases_planned(mechanism, population, experiment.federation.rounds)
+    privacy, fractions = experiment.privacy, experiment.data.fractions
+    with progress.phase("Accounting"):
+        epsilons = guarantee.spent(mechanism, planned, privacy.delta, privacy.accountant, population.shared)
+        limits = statement.not_covered(
+            held_out=fractions.test > 0 or fractions.validation > 0, selects_best=experiment.output.select == "best"
+        )
+        stop = _stop(experiment, epsilons)
+        stated = statement.statement(privacy, mechanism, population, planned, epsilons, limits, stop)
+    account = max(epsilons, key=lambda name: epsilons[name])
+    with progress.phase("Tabulating", len(NOISE_FACTORS) * len(ROUND_FACTORS), "figures") as advance:
+        grid = grid_around(experiment, sites, mechanism, account, lambda: advance(1))
+    return Forecast(mechanism, planned, stated, grid)
+
+
+def releases_planned(mechanism: Mechanism, population: Population, rounds: int) -> dict[str, tuple[Event, ...]]:
+    """What ``rounds`` rounds release, by the names that the mechanism charges.
+
+    Args:
+      mechanism: whose events are those of one round.
+      population: with the rounds that each site takes part in.
+      rounds: of the run, all of which a mechanism that draws its cohorts charges.
+    """
+    taking_part = dict(zip(population.sites, population.participations, strict=True)) | {EVERY_SITE: rounds}
+    return {
+        name: (dataclasses.replace(event, count=event.count * taking_part[name]),) if taking_part[name] else ()
+        for name, event in mechanism.events.items()
+    }
+
+
+def grid_around(
+    experiment: Experiment,
+    sites: tuple[SplitSite, ...],
+    mechanism: Mechanism,
+    account: str,
+    done: Callable[[], None] = lambda: None,
+) -> Grid:
+    """Epsilon of an account for less and more noise, and for fewer and more rounds, with all else as it is.
+
+    Args:
+      experiment: the configuration.
+      sites: split into training, validation and test records.
+      mechanism: with the configuration's noise.
+      account: whose epsilon.
+      done: called after each figure.
+    """
+    privacy, federation = experiment.privacy, experiment.federation
+    names = accounts(tuple(mechanism.events), population_of(experiment, sites).shared)[account]
+    rounds = tuple(sorted({max(1, round(federation.rounds * factor)) for factor in ROUND_FACTORS}))
+    planned = []
+    for count in rounds:
+        longer = dataclasses.replace(experiment, federation=dataclasses.replace(federation, rounds=count))
+        released = releases_planned(mechanism, population_of(longer, sites), count)
+        planned.append([event for name in names for event in released[name]])
+
+    def epsilon(events: list[Event], factor: float) -> float:
+        scaled = [dataclasses.replace(event, noise_multiplier=event.noise_multiplier * factor) for event in events]
+        found = accounting.epsilon(scaled, privacy.delta, privacy.accountant)
+        done()
+        return found
+
+    least = min(mechanism.events[name].noise_multiplier for name in names)
+    return Grid(
+        account=account,
+        rounds=rounds,
+        noise=tuple(least * factor for factor in NOISE_FACTORS),
+        epsilon=tuple(tuple(epsilon(events, factor) for events in planned) for factor in NOISE_FACTORS),
+    )
+
+
+def render(console: Console, experiment: Experiment, found: Forecast | None) -> None:
+    """Prints a forecast: what is done, what that guarantees to whom and what not, and what other noise would do."""
+    if found is None:
+        console.print(privacy_table(None), soft_wrap=True)
+        return
+    console.print(settings_table(_settings(experiment, found), title="What the run will do"))
+    console.print(privacy_table(found.statement), soft_wrap=True)
+    console.print(Text("Assumed:"))
+    for sentence in found.statement["assumptions"]:
+        console.print(Text(f"- {sentence}"), soft_wrap=True)
+    console.print(_grid_table(found))
+
+
+def _settings(experiment: Experiment, found: Forecast) -> list[tuple[str, Any]]:
+    """The guarantee's terms, and the mechanism in words."""
+    privacy, mechanism = experiment.privacy, found.mechanism
+    clipped = {"gradients": f"every {mechanism.unit}'s gradient in each step", "deltas": "every site's update"}
+    noised = {
+        "steps": "by each site, to the sum of each of its steps",
+        "deltas": "by each site, to its update",
+        "sum": "once a round, to the sum over the sites",
+    }
+    events = list(dict.fromkeys(in_words(event) for released in found.planned.values() for event in released))
+    more = (
+        [f"... and {len(events) - _MOST_EVENTS:,} more, at sites of other sizes"] if len(events) > _MOST_EVENTS else []
+    )
+    rows: list[tuple[str, Any]] = [
+        ("unit of privacy", mechanism.unit),
+        ("adjacency", found.statement["adjacency"]),
+        ("delta", f"{privacy.delta:g}"),
+        ("mechanism", f"{mechanism.name}, {privacy.accountant.upper()} accounting, {privacy.randomness} randomness"),
+        ("clipped", f"{clipped[mechanism.clipped]}, to {mechanism.clip.norm:g} ({mechanism.clip.scope})"),
+        ("noise is added", noised[mechanism.noised]),
+        ("released in all rounds", "\n".join([*events[:_MOST_EVENTS], *more])),
+    ]
+    if mechanism.cohort_probability is not None:
+        rows.append(("a site is in a round", f"with probability {mechanism.cohort_probability:.4g}, in secret"))
+    for name in ("target", "budget"):
+        if found.statement[name] is not None:
+            rows.append((f"{name} epsilon", f"{found.statement[name]:g}"))
+    return rows
+
+
+def _grid_table(found: Forecast) -> Table:
+    """Epsilon over noise multipliers and rounds; the configuration's own is bold."""
+    grid, stated = found.grid, found.statement
+    whose = f"{grid.account}, which has the largest" if len(stated["accounts"]) > 1 else grid.account
+    title = f"Epsilon at delta {stated['delta']:g} ({stated['adjacency']}) of {whose}"
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.min_width = len(title)
+    table.add_column("noise multiplier")
+    own = round(grid.rounds[-1] / ROUND_FACTORS[-1])
+    for count in grid.rounds:
+        table.add_column(f"{count:,} round{'' if count == 1 else 's'}", justify="right")
+    for factor, noise, row in zip(NOISE_FACTORS, grid.noise, grid.epsilon, strict=True):
+        cells = [
+            Text(bound(epsilon), style="bold" if factor == 1 and count == own else "")
+            for count, epsilon in zip(grid.rounds, row, strict=True)
+        ]
+        table.add_row(f"{noise:.4g}", *cells)
+    return table
+
+
+def _stop(experiment: Experiment, epsilons: Mapping[str, float]) -> str | None:
+    """What the budget will do, if it does not suffice for all rounds."""
+    budget, needed = experiment.privacy.budget, max(epsilons.values(), default=0.0)
+    if budget is None or needed <= budget:
+        return None
+    return (
+        f"all {experiment.federation.rounds:,} rounds would spend {bound(needed)}, more than the budget of {budget:g}: "
+        "the run will end before that"
+    )

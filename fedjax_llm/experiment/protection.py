@@ -1,0 +1,94 @@
+"""From an experiment to its privacy mechanism: what a mechanism must know of it, and of whom it protects."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from fedjax_llm.config import Experiment, regime_of
+from fedjax_llm.data.records import unit_name
+from fedjax_llm.data.splits import SplitSite
+from fedjax_llm.federation.sampling import attendance
+from fedjax_llm.privacy import guarantee
+from fedjax_llm.privacy.mechanism import Mechanism, Population
+from fedjax_llm.types import Unit
+
+
+def run_key(experiment: Experiment) -> jax.Array:
+    """The key of what is random in a run's rounds but no secret."""
+    return jax.random.split(jax.random.key(experiment.seed))[1]
+
+
+def population_of(experiment: Experiment, sites: Sequence[SplitSite]) -> Population:
+    """Whom an experiment's mechanism protects.
+
+    Units are counted over training records, whether or not they leave tokens behind.
+
+    Args:
+      experiment: its setting decides whether the sites or one holder of everything is meant.
+      sites: split into training, validation and test records.
+    """
+    unit = experiment.privacy.unit
+    units = {site.name: _units(site, unit) for site in sites}
+    shared = _shared(units) if unit == "patient" else ()
+    if experiment.setting == "centralised":
+        # Records of two sites are two; a patient of two sites is one.
+        together = {(site, name) if name[0] == "record" else name for site, own in units.items() for name in own}
+        return Population(("all",), (len(together),), (experiment.federation.rounds,), (1,))
+    rounds, cohort = experiment.federation.rounds, experiment.federation.cohort
+    present = attendance(run_key(experiment), rounds, len(units), None if experiment.privacy.draws_cohorts else cohort)
+    return Population(
+        sites=tuple(units),
+        units=tuple(len(own) for own in units.values()),
+        participations=tuple(int(count) for count in present.sum(axis=0)),
+        min_separation=tuple(_separation(column, rounds) for column in present.T),
+        shared=shared,
+    )
+
+
+def protection(
+    experiment: Experiment,
+    sites: Sequence[SplitSite],
+    progress: Callable[[int, int], Any] | None = None,
+) -> tuple[Mechanism, Population] | None:
+    """The mechanism of an experiment with its noise, and whom it protects; ``None`` without differential privacy.
+
+    Args:
+      experiment: what to do.
+      sites: split into training, validation and test records.
+      progress: called with (done, total) while noise is calibrated.
+
+    Raises:
+      UserError: the mechanism cannot protect this, or no noise meets the target.
+    """
+    if experiment.privacy.mechanism is None or experiment.setting == "base":
+        return None
+    population = population_of(experiment, sites)
+    regime = regime_of(experiment)
+    if experiment.setting == "centralised":  # the one client does the steps of the whole cohort
+        regime = regime._replace(local_steps=regime.local_steps * (experiment.federation.cohort or len(sites)))
+    mechanism = guarantee.build(experiment.privacy, regime, population, progress)
+    assert mechanism is not None
+    return mechanism, population
+
+
+def _units(site: SplitSite, unit: Unit) -> set[tuple[str, str]]:
+    """The privacy units that a site trains on."""
+    return {unit_name(record.id, record.owner, unit) for record in site.train}
+
+
+def _shared(units: dict[str, set[tuple[str, str]]]) -> tuple[tuple[str, ...], ...]:
+    """Every set of two sites or more that an owner belongs to."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for site, own in units.items():
+        for name in own:
+            if name[0] == "owner":
+                places.setdefault(name, []).append(site)
+    return tuple(sorted({tuple(found) for found in places.values() if len(found) > 1}))
+
+
+def _separation(present: np.ndarray, rounds: int) -> int:
+    """The least distance of two rounds in which a site is present; all rounds where there are no two."""
+    numbers = np.flatnonzero(present)
+    return int(np.diff(numbers).min()) if len(numbers) > 1 else rounds

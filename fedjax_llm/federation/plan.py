@@ -1,0 +1,124 @@
+"""What stays the same from round to round, and what a round reports."""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from jax import Array
+
+from fedjax_llm.data.packing import Shape
+from fedjax_llm.errors import UserError
+from fedjax_llm.federation.clients import Client
+from fedjax_llm.privacy.mechanism import Mechanism
+from fedjax_llm.training.client_update import LocalTraining, Trainer
+from fedjax_llm.types import Adapters, Aggregation, Setting
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Rounds and cohorts.
+
+    Attributes:
+      rounds: how many.
+      cohort: sites that take part in a round; ``None``: all.
+      weighting: whether a client's update weighs as many training ``examples`` as its site holds, or all weigh alike.
+    """
+
+    rounds: int = 10
+    cohort: int | None = None
+    weighting: Literal["examples", "uniform"] = "examples"
+
+    def __post_init__(self) -> None:
+        """Refuses impossible values."""
+        if self.rounds < 1:
+            raise UserError(f"federation.rounds is {self.rounds}; it must be at least 1")
+        if self.cohort is not None and self.cohort < 1:
+            raise UserError(f"federation.cohort is {self.cohort}; it must be at least 1, or None for all sites")
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the computation is laid out. Nothing here may change a result (beyond the rounding of f32 sums).
+
+    Attributes:
+      clients_per_chunk: clients whose local states are held at a time.
+      tokens_per_microbatch: padded tokens of a training step; bounds its memory.
+      buckets: row lengths that are compiled.
+      evaluation_buckets: the same for held-out evaluation, which needs no backward pass.
+      remat: recompute activations in the backward pass.
+    """
+
+    clients_per_chunk: int = 16
+    tokens_per_microbatch: int = 512
+    buckets: int = 3
+    evaluation_buckets: int = 3
+    remat: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses impossible values."""
+        for name in ("clients_per_chunk", "tokens_per_microbatch", "buckets", "evaluation_buckets"):
+            if getattr(self, name) < 1:
+                raise UserError(f"execution.{name} is {getattr(self, name)}; it must be at least 1")
+
+
+class RoundPlan(NamedTuple):
+    """All that stays the same from round to round.
+
+    Attributes:
+      setting: of the run.
+      trainer: the static half of local training.
+      aggregation: the server's algorithm.
+      federation: rounds and cohorts.
+      local: what clients do.
+      execution: chunks.
+      shapes: of microbatches.
+      clients: all of them, in the order of the client axis of a run's state.
+      cohort: clients a round; the expected number where the mechanism samples them.
+      key: of what is random but no secret: fixed cohorts, orders of examples, dropout.
+      frozen: factors of the adapters that are not trained.
+      mechanism: of privacy; ``None``: no differential privacy.
+      secret_key: of what privacy rests on: who is sampled, and the noise.
+    """
+
+    setting: Setting
+    trainer: Trainer
+    aggregation: Aggregation
+    federation: Federation
+    local: LocalTraining
+    execution: Execution
+    shapes: tuple[Shape, ...]
+    clients: tuple[Client, ...]
+    cohort: int
+    key: Array
+    frozen: Adapters = {}  # noqa: RUF012  (never written to)
+    mechanism: Mechanism | None = None
+    secret_key: Array | None = None
+
+
+@dataclass(frozen=True)
+class ClientReport:
+    """What a client did in a round.
+
+    ``loss`` is in nats a target token, ``None`` where no example was sampled; ``included`` says whether the update was
+    finite.
+    """
+
+    name: str
+    loss: float | None
+    tokens: int
+    examples: int
+    update_norm: float
+    included: bool
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What happened in a round.
+
+    Tokens are counted without and with padding. ``clip_norm`` is the bound on a unit's contribution, where there is one.
+    """
+
+    clients: tuple[ClientReport, ...]
+    tokens: int
+    padded_tokens: int
+    update_norm: float
+    clip_norm: float | None = None

@@ -1,0 +1,165 @@
+"""From the clients' ends of a round to what the server may see: deltas, bounded and blurred as the mechanism says."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fedjax_llm import trees
+from fedjax_llm.federation.plan import RoundPlan
+from fedjax_llm.federation.sampling import secret_round_key
+from fedjax_llm.privacy import noise as noises
+from fedjax_llm.privacy.clipping import Clip, clip_units
+from fedjax_llm.privacy.mechanism import AdaptiveClip, Mechanism
+from fedjax_llm.training.client_update import LocalState
+from fedjax_llm.types import PyTree, Stack, Sum, View
+
+
+class Updates(NamedTuple):
+    """A chunk's updates.
+
+    Attributes:
+      deltas: leaves [C, ...], bounded where the mechanism bounds them; zero where they are not finite.
+      weights: f32 [C].
+      norms: f32 [C], before any clipping. Not covered by a guarantee.
+      finite: bool [C].
+      below_clip: of the clients with a weight, how many were not clipped, less half of them: the count that adaptive
+        clipping blurs, centred so that one client changes it by a half.
+    """
+
+    deltas: PyTree
+    weights: Array
+    norms: Array
+    finite: Array
+    below_clip: Array
+
+
+def initial_state(mechanism: Mechanism | None, template: PyTree) -> dict[str, PyTree]:
+    """What the server keeps for the mechanism: the state of correlated noise, and an adaptive clip norm."""
+    state: dict[str, PyTree] = {}
+    if mechanism is not None and mechanism.noised == "sum" and mechanism.correlated is not None:
+        state["noise"] = mechanism.correlated.init(template)
+    if mechanism is not None and mechanism.adaptive is not None:
+        state["clip_norm"] = jnp.float32(mechanism.clip.norm)
+    return state
+
+
+def clip_norm(mechanism: Mechanism, privacy_state: dict[str, PyTree]) -> Array:
+    """The bound of this round."""
+    return privacy_state.get("clip_norm", jnp.float32(mechanism.clip.norm))
+
+
+def updates(
+    plan: RoundPlan, ended: LocalState, anchor: PyTree, weights: Array, privacy_state: dict[str, PyTree]
+) -> Updates:
+    """Deltas of clients [C] from where they started.
+
+    Without a mechanism, a client whose update or loss is not finite is left out, by weight zero. With one, that would
+    tell something that no noise covers: its delta is zero, and its weight stays.
+    """
+    mechanism = plan.mechanism
+    bound = None
+    if mechanism is not None and mechanism.clipped == "deltas":
+        bound = (mechanism.clip, clip_norm(mechanism, privacy_state))
+    private = mechanism is not None
+    scope = bound[0] if bound else None
+    return _updates(private, scope, ended, anchor, jnp.asarray(weights), None if bound is None else bound[1])
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _updates(
+    private: bool, clip: Clip | None, ended: LocalState, anchor: PyTree, weights: Array, bound: Array | None
+) -> Updates:
+    """The computation of :func:`updates`."""
+    deltas = jax.tree.map(lambda new, old: new.astype(jnp.float32) - old.astype(jnp.float32), ended.adapters, anchor)
+    norms = trees.norms(deltas)
+    finite = jnp.isfinite(norms) if private else jnp.isfinite(norms) & jnp.isfinite(ended.loss)
+    deltas = trees.select(finite, deltas, jax.tree.map(jnp.zeros_like, deltas))
+    below_clip = jnp.float32(0)
+    if clip is not None:
+        below_clip = jnp.sum(jnp.where(weights > 0, (finite & (norms <= bound)) - 0.5, 0.0))
+        deltas = clip_units(deltas, clip, bound)
+    return Updates(deltas, weights if private else jnp.where(finite, weights, 0.0), norms, finite, below_clip)
+
+
+def noised_deltas(
+    plan: RoundPlan, deltas: PyTree, ids: Array, index: Array, number: int, attempt: int
+) -> PyTree:
+    """The deltas [C, ...] as they leave the sites: with the sites' own noise in local differential privacy."""
+    mechanism = plan.mechanism
+    if mechanism is None or mechanism.noised != "deltas":
+        return deltas
+    assert plan.secret_key is not None
+    key = secret_round_key(plan.secret_key, number, attempt, "site noise")
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, ids)
+    stddev = jnp.asarray(mechanism.stddev * mechanism.clip.norm, jnp.float32)
+    return _noised_deltas(deltas, keys, stddev[index])
+
+
+@jax.jit
+def _noised_deltas(deltas: PyTree, keys: Array, stddev: Array) -> PyTree:
+    noise = jax.vmap(noises.gaussian)(keys, deltas, stddev)
+    return jax.tree.map(jnp.add, deltas, noise)
+
+
+def nothing(plan: RoundPlan, adapters: PyTree) -> View | None:
+    """The view before any client: an empty sum where the server releases one even if nobody takes part, else nothing."""
+    if plan.mechanism is None or plan.mechanism.noised != "sum":
+        return None
+    return Sum(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), adapters), jnp.float32(0))
+
+
+def join(view: View | None, kind: type, deltas: PyTree, weights: Array, real: int) -> View:
+    """The server's view with one more chunk. A sum does not grow with the cohort; a stack does."""
+    if kind is Stack:
+        part = Stack(jax.tree.map(lambda leaf: leaf[:real], deltas), weights[:real])
+        return part if view is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b]), view, part)
+    part = Sum(trees.weighted_sum(weights, deltas), jnp.sum(weights))
+    return part if view is None else jax.tree.map(jnp.add, view, part)
+
+
+def noised_sum(
+    plan: RoundPlan,
+    view: View | None,
+    privacy_state: dict[str, PyTree],
+    below_clip: Array,
+    number: int,
+    attempt: int,
+) -> tuple[View | None, dict[str, PyTree]]:
+    """The sum with noise added once, over a public constant; and the mechanism's next state.
+
+    Where the sites have added noise themselves the view stays as it is.
+    """
+    mechanism = plan.mechanism
+    if mechanism is None or mechanism.noised != "sum":
+        return view, privacy_state
+    assert isinstance(view, Sum) and plan.secret_key is not None
+    keys = [secret_round_key(plan.secret_key, number, attempt, purpose) for purpose in ("sum noise", "count noise")]
+    state, bound = dict(privacy_state), clip_norm(mechanism, privacy_state)
+    correlated = mechanism.correlated
+    stddev = bound * jnp.float32(mechanism.stddev[0])
+    mix = None if correlated is None else correlated.mix
+    total, noise_state = _noised_sum(mix, view.total, keys[0], stddev, state.get("noise", ()))
+    if correlated is not None:
+        state["noise"] = noise_state
+    if mechanism.adaptive is not None:
+        state["clip_norm"] = _next_clip_norm(mechanism.adaptive, bound, below_clip, plan.cohort, keys[1])
+    return Sum(total, jnp.float32(mechanism.weight)), state
+
+
+@partial(jax.jit, static_argnums=0)
+def _noised_sum(mix, total: PyTree, key: Array, stddev: Array, state: PyTree) -> tuple[PyTree, PyTree]:
+    noise = noises.gaussian(key, total, stddev)
+    if mix is not None:
+        noise, state = mix(noise, state)
+    return jax.tree.map(jnp.add, total, noise), state
+
+
+@partial(jax.jit, static_argnums=0)
+def _next_clip_norm(adaptive: AdaptiveClip, norm: Array, below_clip: Array, cohort: float, key: Array) -> Array:
+    """Andrew et al. 2021, Algorithm 1: a geometric step towards the quantile, by a blurred count."""
+    blurred = below_clip + adaptive.count_noise * jax.random.normal(key, (), jnp.float32)
+    share = blurred / cohort + 0.5
+    return norm * jnp.exp(-adaptive.learning_rate * (share - adaptive.quantile))
