@@ -1,7 +1,8 @@
 """A frozen causal language model: static configuration and pure functions."""
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -39,6 +40,7 @@ class CausalLM:
         positions: Array | None = None,
         mask: Array | None = None,
         dropout_keys: Array | None = None,
+        below: Array | None = None,
     ) -> Array:
         """Final hidden states.
 
@@ -49,23 +51,67 @@ class CausalLM:
           positions: int32 [L] or [M, L]; counted from zero if not given.
           mask: bool [M, L, L], who sees whom; causal if not given.
           dropout_keys: one typed key a row, [M]; without them nothing is dropped.
+          below: [M, L, D], what enters the lowest adapted layer, if it is known already: what :meth:`trunk` gives for
+            ``lowest_adapted(adapters)`` layers, with anything finite at padding. Only the layers from there on are run.
 
         Returns:
           [M, L, D].
         """
-        length = tokens.shape[1]
-        if positions is None:
-            positions = jnp.arange(length)
-        if mask is None:
-            mask = visible(jnp.arange(length), jnp.arange(length), self.config.window)[None]
-        x, terms = self.family.embed(self.config, params, tokens, positions)
-        block = self.family.block(self.config, self.dropout)
-        for layer, weights in enumerate(params["layers"]):
-            keys = None if dropout_keys is None else jax.vmap(jax.random.fold_in, (0, None))(dropout_keys, layer)
-            variables = {"params": weights, "lora": layer_adapters(adapters, layer)}
-            apply = jax.checkpoint(_apply_block, static_argnums=0) if self.remat else _apply_block
-            x, _ = apply(block, variables, x, terms, mask, None, None, keys)
+        x, terms, mask = self._enter(params, tokens, positions, mask)
+        layers, first = self.config.layers, 0
+        if below is not None:
+            x, first = below, lowest_adapted(adapters)
+        x = self._blocks(params, adapters, range(first, layers), x, terms, mask, dropout_keys)
         return self.family.finish(self.config, params, x)
+
+    def trunk(
+        self, params: Params, tokens: Array, layers: int, positions: Array | None = None, mask: Array | None = None
+    ) -> Array:
+        """What enters layer ``layers`` where no layer below it has adapters: a function of the tokens alone.
+
+        Outside of ``jit`` it runs layer by layer, and one compiled program serves all layers of a shape.
+
+        Args:
+          params: the frozen weights.
+          tokens: as in :meth:`hidden`.
+          layers: how many layers to run; 0 gives the embedding.
+          positions: as in :meth:`hidden`.
+          mask: as in :meth:`hidden`.
+
+        Returns:
+          [M, L, D].
+        """
+        x, terms, mask = self._enter(params, tokens, positions, mask)
+        # Nothing is dropped or differentiated: a model with dropout shares the programs of one without.
+        plain = replace(self, dropout=0.0, remat=False)
+        return plain._blocks(params, {}, range(layers), x, terms, mask, None)
+
+    def _enter(self, params: Params, tokens: Array, positions: Array | None, mask: Array | None) -> tuple:
+        """What the lowest block takes: (x [M, L, D], terms, mask)."""
+        every = jnp.arange(tokens.shape[1])
+        if mask is None:
+            mask = visible(every, every, self.config.window)[None]
+        x, terms = self.family.embed(self.config, params, tokens, every if positions is None else positions)
+        return x, terms, mask
+
+    def _blocks(
+        self,
+        params: Params,
+        adapters: Adapters,
+        layers: Sequence[int],
+        x: Array,
+        terms: PyTree,
+        mask: Array,
+        dropout_keys: Array | None,
+    ) -> Array:
+        """Runs the blocks of ``layers``, without a cache."""
+        block = self.family.block(self.config, self.dropout)
+        apply = jax.checkpoint(_apply_block, static_argnums=0) if self.remat else _apply_block
+        for layer in layers:
+            keys = None if dropout_keys is None else jax.vmap(jax.random.fold_in, (0, None))(dropout_keys, layer)
+            variables = {"params": params["layers"][layer], "lora": layer_adapters(adapters, layer)}
+            x, _ = apply(block, variables, x, terms, mask, None, None, keys)
+        return x
 
     def logits(self, params: Params, hidden: Array) -> Array:
         """[K, D] -> [K, V] in f32."""
@@ -132,6 +178,15 @@ def layer_adapters(adapters: Adapters, layer: int) -> PyTree:
                 place = place.setdefault(parent, {})
             place[last] = factors
     return nested
+
+
+def lowest_adapted(paths: Iterable[str]) -> int:
+    """How many layers lie below the lowest adapted one; 0 if nothing is adapted.
+
+    Args:
+      paths: adapted modules, ``layers.N.module``: the adapters, or ``lora.target_modules``.
+    """
+    return min((int(path.split(".")[1]) for path in paths), default=0)
 
 
 def module_paths(model: CausalLM) -> dict[str, tuple[int, int]]:

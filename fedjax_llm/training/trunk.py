@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fedjax_llm.data.packing import Shape
@@ -79,9 +80,9 @@ class TrunkCache:
         missing = self._missing({_key(example): example.tokens for example in examples})
         computed = {key: value for states in self._computed(missing) for key, value in states.items()}
         block = np.zeros((*shape, self._token.shape[-1]), self._token.dtype)
-        for row, example in zip(block, examples, strict=False):
-            states = computed[_key(example)] if _key(example) in computed else self._kept[_key(example)]
-            row[: len(states)] = states
+        for row, key in enumerate(map(_key, examples)):
+            states = computed[key] if key in computed else self._kept[key]
+            block[row, : len(states)] = states
         self._keep(computed)
         return block
 
@@ -111,7 +112,7 @@ class TrunkCache:
 
     def _compute(self, tokens: np.ndarray) -> jax.Array:
         """[M, L] -> [M, L, D]."""
-        return self.model.trunk(self.params, jax.numpy.asarray(tokens), self.layers)
+        return self.model.trunk(self.params, jnp.asarray(tokens), self.layers)
 
     def _keep(self, states: Mapping[bytes, np.ndarray]) -> None:
         """Takes in new states, then drops the longest unused ones until the rest fit."""

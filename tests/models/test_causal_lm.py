@@ -12,7 +12,7 @@ from tiny import same, tiny_adapters, tiny_model
 
 from fedjax_llm import lora
 from fedjax_llm.lora import Lora
-from fedjax_llm.models.causal_lm import layer_adapters, module_paths, visible
+from fedjax_llm.models.causal_lm import layer_adapters, lowest_adapted, module_paths, visible
 
 ROWS, LENGTH, WINDOW = 3, 12, 4
 SOME = ("down_proj",)
@@ -25,8 +25,8 @@ KINDS = {
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def run(model, params, adapters, tokens, positions=None, mask=None, dropout_keys=None):
-    return model.hidden(params, adapters, tokens, positions, mask, dropout_keys)
+def run(model, params, adapters, tokens, positions=None, mask=None, dropout_keys=None, below=None):
+    return model.hidden(params, adapters, tokens, positions, mask, dropout_keys, below)
 
 
 def some_tokens(seed=0, rows=ROWS, length=LENGTH):
@@ -134,6 +134,86 @@ def test_recomputing_activations_changes_no_gradient():
 
     for left, right in zip(jax.tree.leaves(gradient(False)), jax.tree.leaves(gradient(True)), strict=True):
         np.testing.assert_allclose(left, right, rtol=0, atol=1e-5 * np.abs(right).max())
+
+
+# The trunk
+
+
+def upper_adapters(model, lowest, leading=()):
+    return {path: f for path, f in tiny_adapters(model, leading=leading).items() if int(path.split(".")[1]) >= lowest}
+
+
+@pytest.mark.parametrize(("kind", "lowest"), [("plain", 0), ("plain", 1), *((kind, 2) for kind in KINDS)])
+def test_layers_above_the_trunk_give_the_bits_of_the_whole(kind, lowest):
+    model, params = tiny_model(layers=3, **KINDS[kind])
+    adapters, tokens = upper_adapters(model, lowest, (ROWS,)), some_tokens()
+    below = model.trunk(params, tokens, lowest)
+    # Not under jit, where every layer is a program of its own: the same programs give the same bits.
+    whole = model.hidden(params, adapters, tokens)
+    assert same(model.hidden(params, adapters, tokens, below=below), whole)
+    np.testing.assert_allclose(run(model, params, adapters, tokens, below=below), whole, rtol=0, atol=1e-5)
+
+
+def test_above_the_trunk_each_layer_drops_what_it_does_in_the_whole():
+    model, params = tiny_model(layers=3, dropout=0.5)
+    adapters, tokens, keys = upper_adapters(model, 1), some_tokens(), jax.random.split(jax.random.key(3), ROWS)
+    below = model.trunk(params, tokens, 1)
+    whole = model.hidden(params, adapters, tokens, dropout_keys=keys)
+    np.testing.assert_allclose(
+        model.hidden(params, adapters, tokens, dropout_keys=keys, below=below), whole, rtol=0, atol=1e-5
+    )
+    assert not np.allclose(whole, model.hidden(params, adapters, tokens), atol=1e-3)
+
+
+def test_the_trunk_takes_positions_and_mask():
+    model, params = tiny_model(layers=3)
+    adapters, tokens, positions = upper_adapters(model, 2), some_tokens(), 2 * np.arange(LENGTH)
+    # The second half of a row does not see what stands just before it: a branch of a tree.
+    mask = np.broadcast_to(np.tri(LENGTH, dtype=bool), (ROWS, LENGTH, LENGTH)).copy()
+    mask[:, LENGTH // 2 :, LENGTH // 3 : LENGTH // 2] = False
+    below = model.trunk(params, tokens, 2, positions, mask)
+    whole = model.hidden(params, adapters, tokens, positions, mask)
+    assert same(model.hidden(params, adapters, tokens, positions, mask, below=below), whole)
+    for other in (model.trunk(params, tokens, 2, positions), model.trunk(params, tokens, 2, None, mask)):
+        assert not np.allclose(other, below, atol=1e-3)
+
+
+def test_layers_below_are_not_run_again():
+    model, params = tiny_model(layers=3)
+    adapters, tokens = upper_adapters(model, 2), some_tokens()
+    below = model.trunk(params, tokens, 2)
+    broken = params | {
+        "layers": (*jax.tree.map(lambda leaf: leaf * jnp.nan, params["layers"][:2]), params["layers"][2])
+    }
+    assert not np.isfinite(model.hidden(broken, adapters, tokens)).any()
+    whole = model.hidden(params, adapters, tokens)
+    assert same(model.hidden(broken, adapters, tokens, below=below), whole)
+
+
+def test_zeros_below_padding_reach_no_token_and_no_gradient():
+    model, params = tiny_model(layers=3, head_norm=True)
+    tokens, real = some_tokens(), np.arange(LENGTH) < np.array([LENGTH, 7, 0])[:, None]
+    below = np.asarray(model.trunk(params, tokens, 2))
+
+    def loss(adapters, below):
+        hidden = model.hidden(params, adapters, tokens, below=below)
+        return jnp.sum(jnp.where(real[..., None], jnp.sin(hidden), 0.0)), hidden
+
+    gradient = jax.jit(jax.grad(loss, has_aux=True))
+    adapters = upper_adapters(model, 2, (ROWS,))
+    (plain, hidden), (zeroed, hidden_zeroed) = (gradient(adapters, b) for b in (below, below * real[..., None]))
+    assert np.isfinite(hidden_zeroed).all()
+    np.testing.assert_allclose(np.asarray(hidden_zeroed)[real], np.asarray(hidden)[real], atol=1e-5)
+    for one, other in zip(jax.tree.leaves(zeroed), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+        assert not np.any(one[2])  # a row of padding alone
+
+
+def test_the_lowest_adapted_layer_is_found_by_number():
+    assert lowest_adapted(["layers.10.mlp.up_proj", "layers.9.self_attn.q_proj", "layers.11.mlp.up_proj"]) == 9
+    assert lowest_adapted({}) == 0
+    model, _ = tiny_model(layers=3)
+    assert lowest_adapted(lora.target_modules(Lora(rank=2, layers=(-1,)), model)) == 2
 
 
 # Dropout
