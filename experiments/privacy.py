@@ -1,0 +1,104 @@
+"""Differential privacy before and after a run.
+
+What a configuration will guarantee, without its model and without training; options override fields as in a run:
+
+    python -m experiments.privacy --config=configs/quickstart.py --privacy.target-epsilon=4
+
+What a run released, finished or not, recomputed from its ledger alone and compared with what the run claims. The exit
+status is 1 if it claims less than it released:
+
+    python -m experiments.privacy runs/quickstart-federated
+"""
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from fedjax_llm import config as configuration
+from fedjax_llm.config import MAY_CHANGE, Experiment
+from fedjax_llm.errors import UserError, tell
+from fedjax_llm.privacy.ledger import config_hash
+from fedjax_llm.runs import directory, recount
+from fedjax_llm.runs.progress import RunProgress
+
+PROGRAM = "python -m experiments.privacy"
+
+
+@dataclass(frozen=True)
+class Look(Experiment):
+    """Says what a configuration will guarantee. The other options override fields of the configuration.
+
+    Attributes:
+      config: a Python file with ``get_config() -> Experiment``.
+    """
+
+    config: str = ""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    console = Console()
+    try:
+        path = config_path(arguments)
+        return count(arguments, console) if path is None else look(path, arguments, console)
+    except UserError as error:
+        return tell(error)
+    except KeyboardInterrupt:
+        console.print("Stopped.")
+        return 130
+
+
+def config_path(arguments: list[str]) -> str | None:
+    """What the command line names with ``--config``."""
+    for place, word in enumerate(arguments):
+        if word == "--config" and place + 1 < len(arguments):
+            return arguments[place + 1]
+        if word.startswith("--config="):
+            return word.removeprefix("--config=")
+    return None
+
+
+def look(path: str, arguments: list[str], console: Console) -> int:
+    """Prints what a configuration will guarantee."""
+    from fedjax_llm.experiment import forecast
+
+    experiment = configuration.load(path)
+    fields = {field.name: getattr(experiment, field.name) for field in dataclasses.fields(experiment)}
+    command = tyro.cli(Look, default=Look(**fields, config=path), args=arguments, prog=PROGRAM)
+    experiment = Experiment(**{name: getattr(command, name) for name in fields})
+    configuration.check(experiment)
+    with RunProgress(experiment.federation.rounds, console) as progress:
+        found = forecast.forecast(experiment, progress)
+    forecast.render(console, experiment, found)
+    return 0
+
+
+def count(arguments: list[str], console: Console) -> int:
+    """Prints what a run released; 1 if the run claims less."""
+
+    def released(
+        run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")], delta: float | None = None
+    ) -> recount.Recount:
+        """Recomputes a run's epsilon from its ledger alone; with --config=FILE instead, says what it will be.
+
+        Args:
+          run: the folder of a run.
+          delta: of the guarantee; that of the ledger if not given.
+        """
+        path = run / directory.CONFIG
+        config = config_hash(directory.read_json(path), MAY_CHANGE) if path.is_file() else None
+        return recount.recount(run, delta, config=config)
+
+    found = tyro.cli(released, args=arguments, prog=PROGRAM)
+    recount.render(console, found)
+    return 0 if found.sound else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

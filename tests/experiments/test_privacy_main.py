@@ -1,0 +1,219 @@
+"""``python -m experiments.privacy``: what a configuration will guarantee, and what a run has released."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from small_run import changed, write_sites
+
+from experiments.privacy import main
+from fedjax_llm import config
+from fedjax_llm.data.partition import Iid
+from fedjax_llm.data.site_files import SiteFiles
+from fedjax_llm.experiment import forecast
+from fedjax_llm.privacy import accounting, ledger
+from fedjax_llm.privacy.events import Event
+from fedjax_llm.privacy.mechanism import EVERY_SITE
+from fedjax_llm.runs.progress import RunProgress
+
+ROOT = Path(__file__).parents[2]
+CONFIG = '''"""Private training of a model that does not exist."""
+
+from fedjax_llm.config import Data, Experiment, Model
+from fedjax_llm.data.site_files import SiteFiles
+from fedjax_llm.data.splits import Fractions
+from fedjax_llm.federation.plan import Federation
+from fedjax_llm.privacy.dp_sgd import DpSgd
+from fedjax_llm.privacy.guarantee import Privacy
+from fedjax_llm.training.client_update import LocalTraining
+
+
+def get_config():
+    return Experiment(
+        model=Model("there-is-no-such-model"),
+        data=Data(SiteFiles((({sites!r}),), id_column="id"), fractions=Fractions(0.2, 0.2)),
+        training=LocalTraining(batch_size=2, local_steps=3),
+        federation=Federation(rounds=4, cohort=2),
+        privacy=Privacy(DpSgd(noise_multiplier=1.5), delta=1e-3),
+    )
+'''
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("look")
+    sites = write_sites(folder / "sites")
+    (folder / "private.py").write_text(CONFIG.format(sites=str(sites)))
+    return folder / "private.py"
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "220")
+
+
+@pytest.fixture
+def small_grid(monkeypatch):
+    """Fewer figures; those in the table are tested once."""
+    monkeypatch.setattr(forecast, "NOISE_FACTORS", (1.0,))
+    monkeypatch.setattr(forecast, "ROUND_FACTORS", (1.0,))
+
+
+def foreseen(experiment):
+    found = forecast.forecast(experiment, RunProgress(1, Console(quiet=True)))
+    assert found is not None
+    return found
+
+
+def test_a_look_needs_no_model_and_says_all(file, capsys):
+    assert main(["--config", str(file)]) == 0
+    shown = capsys.readouterr().out
+    for words in (
+        "unit of privacy         record",
+        "add or remove one record",
+        "0.001",
+        "DpSgd, PLD accounting, reproducible randomness",
+        "every record's gradient in each step, to 1 (flat)",
+        "by each site, to the sum of each of its steps",
+        "noise multiplier 1.5, of Poisson samples (q = ",
+        "Holds against: ",
+        "Not covered:",
+        "Assumed:",
+        "is public",
+        "Epsilon at delta 0.001 (add or remove one record) of ",
+        "4 rounds",
+        "16 rounds",
+    ):
+        assert words in shown, words
+
+
+def test_the_figures_are_those_of_the_events(file):
+    experiment = config.load(file)
+    found = foreseen(experiment)
+    sites = {site.name: site for site in forecast.split_sites(experiment, forecast.load_dataset(experiment))}
+    accounts = found.statement["accounts"]
+    assert accounts.keys() == sites.keys()
+    rounds = 0
+    for name, figures in accounts.items():
+        steps, units = figures["releases"], len(sites[name].train)
+        assert steps % 3 == 0
+        rounds += steps // 3
+        expected = accounting.epsilon([Event("gaussian", 1.5, min(1.0, 2 / units), steps)], 1e-3)
+        assert figures["epsilon"] == pytest.approx(expected)
+        assert (figures["units"], figures["noise_multiplier"]) == (units, 1.5)
+    assert rounds == 4 * 2, "two sites in each of four rounds"
+    assert found.statement["epsilon"] == max(figures["epsilon"] for figures in accounts.values())
+
+
+def test_the_grid_lies_around_the_configuration(file):
+    found = foreseen(config.load(file))
+    grid = found.grid
+    assert grid.rounds == (1, 2, 4, 8, 16)
+    assert grid.noise == pytest.approx((0.75, 1.5 / math.sqrt(2), 1.5, 1.5 * math.sqrt(2), 3.0))
+    assert grid.epsilon[2][2] == found.statement["epsilon"] == found.statement["accounts"][grid.account]["epsilon"]
+    for row, quieter in zip(grid.epsilon[1:], grid.epsilon, strict=False):
+        assert all(more_noise <= less_noise for more_noise, less_noise in zip(row, quieter, strict=True))
+    for row in grid.epsilon:
+        assert list(row) == sorted(row)
+
+
+def test_overrides_are_those_of_a_run(file, capsys, small_grid):
+    words = ["--privacy.mechanism.noise-multiplier=3.0", "--federation.rounds=7", "--privacy.delta=1e-4"]
+    assert main([f"--config={file}", *words]) == 0
+    shown = capsys.readouterr().out
+    assert "noise multiplier 3, of Poisson samples" in shown
+    assert "Epsilon at delta 0.0001" in shown
+    assert "7 rounds" in shown
+    with pytest.raises(SystemExit):
+        main([f"--config={file}", "--privacy.mechanism.noise-multiplyer=3.0"])
+    assert "noise-multiplier" in capsys.readouterr().err
+
+
+def test_a_budget_that_does_not_suffice_is_told(file, capsys, small_grid):
+    assert main([f"--config={file}", "--privacy.budget-epsilon=0.5"]) == 0
+    assert "more than the budget of 0.5: the run will end before that" in capsys.readouterr().out
+
+
+def test_a_configuration_without_privacy_says_so(file, tmp_path, capsys):
+    text = file.read_text().replace("privacy=Privacy(DpSgd(noise_multiplier=1.5), delta=1e-3),", "")
+    (tmp_path / "open.py").write_text(text)
+    assert main([f"--config={tmp_path / 'open.py'}"]) == 0
+    assert "no differential privacy" in capsys.readouterr().out
+
+
+def test_what_cannot_be_protected_is_an_error(file, capsys):
+    assert main([f"--config={file}", "--privacy.unit=site"]) == 2
+    assert "privacy.unit" in capsys.readouterr().err
+    assert main(["--config=no/such.py"]) == 2
+    assert "there is no configuration file" in capsys.readouterr().err
+
+
+def test_the_noise_that_is_taught_protects_nobody(file, small_grid):
+    experiment = config.load(ROOT / "configs/course/dp_as_taught.py")
+    mechanism = experiment.privacy.mechanism
+    assert (mechanism.clip_norm, mechanism.noise_multiplier, experiment.federation.rounds) == (0.5, 0.02, 200)
+    sites = SiteFiles((str(file.parent / "sites"),), id_column="id")
+    found = foreseen(changed(experiment, data__source=sites, data__fractions=config.Fractions(0.0, 0.0)))
+    assert found.planned == {EVERY_SITE: (Event("gaussian", 0.02, 0.8, 200),)}
+    assert (found.statement["unit"], found.statement["delta"]) == ("site", 1e-5)
+    # No larger than without sampling, and no smaller than where each site is known to be in 160 of the 200 rounds.
+    least, most = (accounting.epsilon([Event("gaussian", 0.02, 1.0, rounds)], 1e-5) for rounds in (160, 200))
+    assert least < found.statement["epsilon"] < most
+    assert 200_000 < found.statement["epsilon"] < 300_000
+    assert experiment.data.partition == Iid(20)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The folder of a run that was killed after three rounds."""
+    settings = {"seed": 1, "execution": {"buckets": 3}, "privacy": {"mechanism": {"class": "DpSgd"}}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    header = ledger.Header(
+        unit="record",
+        adjacency="add or remove one record",
+        mechanism="DpSgd",
+        delta=1e-5,
+        accountant="pld",
+        randomness="secret",
+        accounts={"north": 100},
+        shared=(),
+        config=ledger.config_hash(settings, config.MAY_CHANGE),
+    )
+    book = ledger.create(tmp_path / ledger.LEDGER, header)
+    for number in (1, 2, 3):
+        ledger.append(book, number, "a", {"north": Event("gaussian", 5.0)}, repeatable=True)
+    return tmp_path
+
+
+def claim(run, epsilon):
+    line = {"unit": "record", "delta": 1e-5, "max": epsilon, "accounts": {"north": epsilon}}
+    (run / "metrics.jsonl").write_text(json.dumps({"round": 3, "epsilon": line}) + "\n")
+
+
+def test_a_run_that_claims_what_it_released_passes(run, capsys):
+    assert main([str(run)]) == 0
+    assert "claimed no epsilon yet" in capsys.readouterr().out
+    claim(run, accounting.epsilon([Event("gaussian", 5.0, count=3)], 1e-5))
+    assert main([str(run)]) == 0
+    shown = capsys.readouterr().out
+    assert "agrees with the ledger" in shown
+    assert "Notice" not in shown, "the configuration is that of the ledger, and its randomness is secret"
+
+
+def test_a_run_that_claims_less_than_it_released_fails(run, capsys):
+    claim(run, 0.5)
+    assert main([str(run), "--delta", "1e-3"]) == 1
+    shown = capsys.readouterr().out
+    assert "at delta 0.001 for one record" in shown
+    assert "The claim of metrics.jsonl, round 3 is too small: epsilon 0.5 for " in shown
+
+
+def test_a_run_that_cannot_be_counted_is_an_error(run, tmp_path, capsys):
+    assert main([str(tmp_path / "nowhere")]) == 2
+    assert "is not the folder of a run" in capsys.readouterr().err
+    raw = (run / ledger.LEDGER).read_bytes()
+    (run / ledger.LEDGER).write_bytes(raw.replace(b"5.0", b"9.0", 1))
+    assert main([str(run)]) == 2
+    assert "line 2: its content does not fit its hash" in capsys.readouterr().err
