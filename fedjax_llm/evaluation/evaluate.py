@@ -17,6 +17,7 @@ from fedjax_llm.evaluation.choice import ChoiceRow, chosen, lay_out, score_optio
 from fedjax_llm.evaluation.generation import Prompt, choose_prompts
 from fedjax_llm.evaluation.heldout import Scores, by_record, score
 from fedjax_llm.models.loading import BaseModel
+from fedjax_llm.training.trunk import TrunkCache
 from fedjax_llm.types import Adapters
 
 Phase = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -152,7 +153,12 @@ def first_by_hash(records: Sequence[Record], most: int | None) -> tuple[Record, 
 
 
 def evaluate_sites(
-    base: BaseModel, scaling: float, adapters: Mapping[str, Adapters], held_out: HeldOut, phase: Phase
+    base: BaseModel,
+    scaling: float,
+    adapters: Mapping[str, Adapters],
+    held_out: HeldOut,
+    phase: Phase,
+    trunk: TrunkCache | None = None,
 ) -> dict[str, Any]:
     """The evaluation ``E`` of ``docs/design.md`` section 3, on test records.
 
@@ -163,9 +169,10 @@ def evaluate_sites(
         evaluated together, in one pass.
       held_out: from :func:`hold_out`.
       phase: shows progress.
+      trunk: the hidden states below the adapters, where they are kept; then no adapters are ``{}``.
     """
     with phase("Held-out answers", sum(map(len, held_out.test.values()))) as advance:
-        scores = _scores(base, scaling, adapters, held_out.test, held_out.shapes, advance)
+        scores = _scores(base, scaling, adapters, held_out.test, held_out.shapes, advance, trunk)
     total = sum(map(len, held_out.questions.values()))
     correct: dict[str, list[int]] = {}
     if total:
@@ -185,12 +192,18 @@ def evaluate_sites(
     return {"sites": sites, "guessers": guessers(held_out)}
 
 
-def validate(base: BaseModel, scaling: float, adapters: Mapping[str, Adapters], held_out: HeldOut) -> dict[str, Any]:
+def validate(
+    base: BaseModel,
+    scaling: float,
+    adapters: Mapping[str, Adapters],
+    held_out: HeldOut,
+    trunk: TrunkCache | None = None,
+) -> dict[str, Any]:
     """Nats per answer token on the validation records: ``{"nll": macro mean over sites, "sites": {site: nll}}``.
 
     Arguments as for :func:`evaluate_sites`.
     """
-    scores = _scores(base, scaling, adapters, held_out.validation, held_out.shapes, lambda count: None)
+    scores = _scores(base, scaling, adapters, held_out.validation, held_out.shapes, lambda count: None, trunk)
     sites = {site: float(found.nll.sum() / found.tokens.sum()) for site, found in scores.items()}
     return {"nll": float(np.mean(list(sites.values()))), "sites": sites}
 
@@ -243,11 +256,12 @@ def _scores(
     examples: Mapping[str, Sequence[EncodedExample]],
     shapes: Sequence[Shape],
     advance: Callable[[int], None],
+    trunk: TrunkCache | None,
 ) -> dict[str, Scores]:
     """Scores of every site's examples, in the order of the sites."""
     found = {}
     for own, together, parts in _passes(examples, adapters):
-        scores = score(base.model, scaling, base.params, own, together, shapes=shapes, advance=advance)
+        scores = score(base.model, scaling, base.params, own, together, shapes=shapes, advance=advance, trunk=trunk)
         found |= {site: Scores(*(column[part] for column in scores)) for site, part in parts.items()}
     return {site: found[site] for site in examples}
 

@@ -13,6 +13,7 @@ from fedjax_llm import lora
 from fedjax_llm.data.packing import Shape, pack
 from fedjax_llm.data.records import EncodedExample
 from fedjax_llm.models.causal_lm import CausalLM
+from fedjax_llm.training.trunk import TrunkCache
 from fedjax_llm.types import Adapters, Params
 
 _CHUNK = 256
@@ -42,6 +43,7 @@ def score(
     *,
     shapes: Sequence[Shape],
     advance: Callable[[int], None],
+    trunk: TrunkCache | None = None,
 ) -> Scores:
     """Scores the answers of N examples.
 
@@ -53,12 +55,14 @@ def score(
       examples: any number.
       shapes: from ``packing.choose_shapes``; they decide speed and memory, never the result.
       advance: called with how many more examples are done.
+      trunk: the hidden states below the adapters, where they are kept; ``adapters`` must not be ``{}`` then.
     """
     totals = Scores(np.zeros(len(examples)), np.zeros(len(examples), np.int64), np.zeros(len(examples), np.int64))
     for batch in pack([[examples]] if examples else [], shapes, clients=1):
         used = batch.target_weight > 0
         predicted = (batch.target_row, batch.target_position, batch.target_token)
-        nll, correct = slots(model, scaling, params, adapters, batch.tokens, None, None, *predicted)
+        below = None if trunk is None else trunk.rows(batch.examples, batch.tokens.shape)
+        nll, correct = slots(model, scaling, params, adapters, batch.tokens, None, None, *predicted, below=below)
         example = batch.index[batch.target_row[used]]
         np.add.at(totals.nll, example, np.asarray(nll, np.float64)[used])
         np.add.at(totals.correct, example, np.asarray(correct)[used])
@@ -89,12 +93,13 @@ def slots(
     row: Array,
     position: Array,
     token: Array,
+    below: Array | None = None,
 ) -> tuple[Array, Array]:
     """Negative log-likelihood (f32 [K], nats) of target slots, and whether each was the likeliest token (bool [K]).
 
     The logits are computed in chunks: [K, V] never exists.
     """
-    hidden = model.hidden(params, lora.scaled(adapters, scaling), tokens, positions, mask)
+    hidden = model.hidden(params, lora.scaled(adapters, scaling), tokens, positions, mask, below=below)
 
     def one(state: Array, target: Array) -> tuple[Array, Array]:
         logits = model.logits(params, state[None])[0]

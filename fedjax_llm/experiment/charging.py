@@ -20,6 +20,7 @@ from fedjax_llm.privacy import guarantee, ledger
 from fedjax_llm.privacy.events import Event, merge
 from fedjax_llm.privacy.ledger import Ledger
 from fedjax_llm.privacy.mechanism import Mechanism, Population, adjacency, releases
+from fedjax_llm.privacy.statement import bound
 from fedjax_llm.types import RoundState
 
 
@@ -117,7 +118,7 @@ def charge(account: Account, plan: RoundPlan, state: RoundState) -> Charge:
     budget = account.experiment.privacy.budget
     if budget is not None and spent["max"] > budget:
         raise BudgetSpent(
-            f"round {number} would bring epsilon to {spent['max']:.4g} at delta {spent['delta']:g} "
+            f"round {number} would bring it to {bound(spent['max'])} at delta {spent['delta']:g} "
             f"({adjacency(account.mechanism.unit)}), above the budget of {budget:g}: it does not run"
         )
     attempt = ledger.append(account.ledger, number, computation, events, repeatable)
@@ -127,7 +128,8 @@ def charge(account: Account, plan: RoundPlan, state: RoundState) -> Charge:
 def spent_of(account: Account, charged: Mapping[str, tuple[Event, ...]]) -> dict[str, Any]:
     """The entry ``epsilon`` of a line of metrics."""
     privacy = account.experiment.privacy
-    accounts = guarantee.spent(account.mechanism, charged, privacy.delta, privacy.accountant)
+    shared = account.population.shared
+    accounts = guarantee.spent(account.mechanism, charged, privacy.delta, privacy.accountant, shared)
     return {"unit": privacy.unit, "delta": privacy.delta, "max": max(accounts.values()), "accounts": accounts}
 
 

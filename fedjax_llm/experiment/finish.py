@@ -35,7 +35,7 @@ def validation_of(prepared: Prepared, plan: RoundPlan) -> Validate | None:
 
     def validate(adapters: PyTree) -> dict[str, Any]:
         by_site = adapters_of(plan, held_out.validation, adapters)
-        return evaluate.validate(prepared.base, prepared.lora.scaling, by_site, held_out)
+        return evaluate.validate(prepared.base, prepared.lora.scaling, by_site, held_out, plan.trunk)
 
     return validate
 
@@ -86,6 +86,7 @@ def _evaluation(prepared: Prepared, state: RoundState | None, progress: RunProgr
     models = {"base": dict.fromkeys(held_out.test, nothing)}
     if state is not None and prepared.plan is not None:
         models["final"] = adapters_of(prepared.plan, held_out.test, state.adapters)
+    trunk = None if prepared.plan is None else prepared.plan.trunk
     found: dict[str, Any] = {}
     answers: dict[str, list[str]] = {}
     for name, adapters in models.items():
@@ -94,7 +95,7 @@ def _evaluation(prepared: Prepared, state: RoundState | None, progress: RunProgr
         def phase(title: str, total: int | None = None, label: str = label) -> Phase:
             return progress.phase(f"{title}, {label}", total)
 
-        found[name] = evaluate.evaluate_sites(base, scaling, adapters, held_out, phase)
+        found[name] = evaluate.evaluate_sites(base, scaling, adapters, held_out, phase, trunk)
         _check_finite(found[name], label)
         if held_out.prompts:
             longest = prepared.experiment.evaluation.max_new_tokens
@@ -168,7 +169,8 @@ def privacy_of(prepared: Prepared, folder: Path, stopped: str | None) -> dict[st
         held_out=bool(prepared.held_out.test or evaluation.validation_every),
         selects_best=experiment.output.select == "best",
     )
-    epsilons = guarantee.spent(plan.mechanism, charged, privacy.delta, privacy.accountant)
+    shared = prepared.population.shared
+    epsilons = guarantee.spent(plan.mechanism, charged, privacy.delta, privacy.accountant, shared)
     parts = (privacy, plan.mechanism, prepared.population, charged, epsilons, limits, stopped)
     return statement.statement(*parts)
 

@@ -77,18 +77,25 @@ def forecast(experiment: Experiment, progress: RunProgress) -> Forecast | None:
     assert found is not None
     mechanism, population = found
     planned = releases_planned(mechanism, population, experiment.federation.rounds)
-    privacy, fractions = experiment.privacy, experiment.data.fractions
     with progress.phase("Accounting"):
-        epsilons = guarantee.spent(mechanism, planned, privacy.delta, privacy.accountant, population.shared)
-        limits = statement.not_covered(
-            held_out=fractions.test > 0 or fractions.validation > 0, selects_best=experiment.output.select == "best"
-        )
-        stop = _stop(experiment, epsilons)
-        stated = statement.statement(privacy, mechanism, population, planned, epsilons, limits, stop)
-    account = max(epsilons, key=lambda name: epsilons[name])
+        stated = promised(experiment, mechanism, population)
+    accounted = stated["accounts"]
+    account = max(accounted, key=lambda name: accounted[name]["epsilon"])
     with progress.phase("Tabulating", len(NOISE_FACTORS) * len(ROUND_FACTORS), "figures") as advance:
         grid = grid_around(experiment, sites, mechanism, account, lambda: advance(1))
     return Forecast(mechanism, planned, stated, grid)
+
+
+def promised(experiment: Experiment, mechanism: Mechanism, population: Population) -> dict[str, Any]:
+    """What a run's ``summary.json`` will hold under ``privacy``, if all its rounds are run."""
+    privacy, fractions = experiment.privacy, experiment.data.fractions
+    planned = releases_planned(mechanism, population, experiment.federation.rounds)
+    epsilons = guarantee.spent(mechanism, planned, privacy.delta, privacy.accountant, population.shared)
+    limits = statement.not_covered(
+        held_out=fractions.test > 0 or fractions.validation > 0, selects_best=experiment.output.select == "best"
+    )
+    stop = _stop(experiment, epsilons)
+    return statement.statement(privacy, mechanism, population, planned, epsilons, limits, stop)
 
 
 def releases_planned(mechanism: Mechanism, population: Population, rounds: int) -> dict[str, tuple[Event, ...]]:

@@ -23,12 +23,13 @@ from fedjax_llm.federation.clients import clients_of, local_training_of
 from fedjax_llm.experiment.protection import protection
 from fedjax_llm.federation.plan import RoundPlan
 from fedjax_llm.lora import Lora
-from fedjax_llm.models.causal_lm import CausalLM
+from fedjax_llm.models.causal_lm import CausalLM, lowest_adapted
 from fedjax_llm.models.loading import BaseModel, load
 from fedjax_llm.privacy import noise
 from fedjax_llm.privacy.mechanism import Mechanism, Population
 from fedjax_llm.runs.progress import RunProgress
 from fedjax_llm.training.client_update import LocalTraining, Trainer
+from fedjax_llm.training.trunk import TrunkCache
 from fedjax_llm.types import Adapters
 
 
@@ -106,6 +107,7 @@ def prepare(experiment: Experiment, progress: RunProgress) -> Prepared:
     plan = None
     if experiment.setting != "base":
         plan = _plan(experiment, base, lora, frozen, train, run_key, mechanism)
+        plan = plan._replace(trunk=_trunk(experiment, base, adapters, train, held_out))
     parts = (dataset, sites, train, lengths, held_out, plan, population)
     return Prepared(experiment, base, lora, adapters, frozen, *parts)
 
@@ -169,6 +171,23 @@ def _plan(
         mechanism=mechanism,
         secret_key=None if mechanism is None else noise.run_key(privacy.randomness, experiment.seed),
     )
+
+
+def _trunk(
+    experiment: Experiment,
+    base: BaseModel,
+    adapters: Adapters,
+    train: tuple[tuple[str, tuple[EncodedExample, ...]], ...],
+    held_out: HeldOut,
+) -> TrunkCache | None:
+    """Keeps the hidden states below the adapters, where there are layers below them."""
+    layers, execution = lowest_adapted(adapters), experiment.execution
+    if not layers or not execution.trunk_megabytes:
+        return None
+    parts = [dict(train), held_out.test, held_out.validation]
+    every = [example for part in parts for examples in part.values() for example in examples]
+    shapes = choose_shapes(every, tokens_per_microbatch=execution.tokens_per_microbatch, buckets=execution.buckets)
+    return TrunkCache(base.model, base.params, layers, shapes, execution.trunk_megabytes * 2**20)
 
 
 def trainer_of(

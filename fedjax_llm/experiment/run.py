@@ -16,11 +16,19 @@ from fedjax_llm.config import MAY_CHANGE, Experiment, to_json
 from fedjax_llm.errors import UserError
 from fedjax_llm.experiment.compilation import CompileClock, use_compilation_cache
 from fedjax_llm.experiment.finish import finish, length_counts, site_counts, validation_of
+from fedjax_llm.experiment.forecast import promised
 from fedjax_llm.experiment.prepare import Prepared, prepare
 from fedjax_llm.experiment.training_loop import Loop, run_rounds
 from fedjax_llm.runs import directory, environment
 from fedjax_llm.runs.checkpoints import finished_steps
-from fedjax_llm.runs.progress import RunProgress, byte_size, results_table, settings_table, sites_table
+from fedjax_llm.runs.progress import (
+    RunProgress,
+    byte_size,
+    privacy_table,
+    results_table,
+    settings_table,
+    sites_table,
+)
 
 
 def run(experiment: Experiment, folder: Path, *, resume: bool, console: Console) -> int:
@@ -42,7 +50,8 @@ def run(experiment: Experiment, folder: Path, *, resume: bool, console: Console)
     clock = CompileClock()
     config = to_json(experiment)
     folder = directory.reopen(folder, config, MAY_CHANGE) if resume else directory.create(folder, config)
-    with directory.locked(folder), RunProgress(experiment.federation.rounds, console) as progress:
+    shown = RunProgress(experiment.federation.rounds, console, budget=experiment.privacy.budget)
+    with directory.locked(folder), shown as progress:
         record_environment(folder, resume)
         try:
             prepared = _prepared(experiment, progress, folder, resume)
@@ -79,6 +88,8 @@ def show_results(
     trained = prepared.plan is not None
     console.print(results_table(summary if trained else {"base": summary["base"]}))
     place = Path(os.path.relpath(folder)) if folder.is_relative_to(Path.cwd()) else folder
+    if summary["privacy"] is not None:
+        console.print(privacy_table(summary["privacy"]))
     progress.say(f"Run folder: {place}   Report: {place / 'report.html'}")
     if (folder / "adapter").is_dir() and prepared.held_out.prompts:
         question = prepared.held_out.prompts[0].text
@@ -118,6 +129,10 @@ def show_plan(prepared: Prepared, progress: RunProgress, console: Console) -> No
             rows.append(("one update on the wire", byte_size(low_rank.nbytes(prepared.adapters))))
     console.print(settings_table(rows))
     console.print(sites_table(site_counts(prepared)))
+    if prepared.plan is not None and prepared.plan.mechanism is not None and prepared.population is not None:
+        with progress.phase("Accounting"):
+            promise = promised(experiment, prepared.plan.mechanism, prepared.population)
+        console.print(privacy_table(promise))
     for part, lengths in (("training", prepared.lengths), ("held-out", prepared.held_out.lengths)):
         for name, count in length_counts(lengths).items():
             if count:

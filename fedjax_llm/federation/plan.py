@@ -10,6 +10,7 @@ from fedjax_llm.errors import UserError
 from fedjax_llm.federation.clients import Client
 from fedjax_llm.privacy.mechanism import Mechanism
 from fedjax_llm.training.client_update import LocalTraining, Trainer
+from fedjax_llm.training.trunk import TrunkCache
 from fedjax_llm.types import Adapters, Aggregation, Setting
 
 
@@ -45,6 +46,8 @@ class Execution:
       buckets: row lengths that are compiled.
       evaluation_buckets: the same for held-out evaluation, which needs no backward pass.
       remat: recompute activations in the backward pass.
+      trunk_megabytes: of host memory for the hidden states of examples below the lowest adapted layer, which are then
+        computed once; 0: none are kept.
     """
 
     clients_per_chunk: int = 16
@@ -52,12 +55,15 @@ class Execution:
     buckets: int = 3
     evaluation_buckets: int = 3
     remat: bool = False
+    trunk_megabytes: int = 1024
 
     def __post_init__(self) -> None:
         """Refuses impossible values."""
         for name in ("clients_per_chunk", "tokens_per_microbatch", "buckets", "evaluation_buckets"):
             if getattr(self, name) < 1:
                 raise UserError(f"execution.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.trunk_megabytes < 0:
+            raise UserError(f"execution.trunk_megabytes is {self.trunk_megabytes}; it must not be negative")
 
 
 class RoundPlan(NamedTuple):
@@ -77,6 +83,7 @@ class RoundPlan(NamedTuple):
       frozen: factors of the adapters that are not trained.
       mechanism: of privacy; ``None``: no differential privacy.
       secret_key: of what privacy rests on: who is sampled, and the noise.
+      trunk: keeps the hidden states below the adapters; ``None``: they are computed each time.
     """
 
     setting: Setting
@@ -92,6 +99,7 @@ class RoundPlan(NamedTuple):
     frozen: Adapters = {}  # noqa: RUF012  (never written to)
     mechanism: Mechanism | None = None
     secret_key: Array | None = None
+    trunk: TrunkCache | None = None
 
 
 @dataclass(frozen=True)

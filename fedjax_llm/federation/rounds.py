@@ -155,7 +155,9 @@ def _run_chunk(
     rates = _learning_rates(plan.local, work, slots, moment[0], plan.federation.rounds)
     begun = client_update.start(plan.trainer, anchor, kept.get("optimizer"), kept.get("noise", ()))
     secrets = _secrets(plan, ids, index, *moment)
-    ended = client_update.run(plan.trainer, params, begun, batches, keys, rates, plan.frozen, secrets)
+    if plan.trunk is not None:  # in microbatches of its own, with less padding than a step's
+        plan.trunk.fill([example for batch in batches for example in batch.examples], advance=lambda count: None)
+    ended = client_update.run(plan.trainer, params, begun, batches, keys, rates, plan.frozen, secrets, plan.trunk)
     updates = release.updates(plan, ended, anchor, _weights(plan, clients, slots), state.privacy_state)
     deltas = release.noised_deltas(plan, updates.deltas, ids, index, *moment)
     # Noise that was drawn is gone, whatever became of the update: its state always moves on.

@@ -129,7 +129,6 @@ class Mechanism(NamedTuple):
       correlated: how noise is correlated over steps or rounds (``privacy/correlated.py``); ``None``: independent.
       adaptive: the clip norm follows a quantile; ``None``: it is fixed.
       events: account -> what one round releases about it, if it takes part.
-      accounts: account -> names of the sites that it is charged for; a unit of several sites has an account of its own.
       adversary: who the guarantee holds against, as a sentence.
       assumptions: what it rests on, as sentences.
     """

@@ -23,7 +23,8 @@ from fedjax_llm.models.causal_lm import CausalLM
 from fedjax_llm.privacy import noise as noises
 from fedjax_llm.privacy.clipping import Clip, clip_units
 from fedjax_llm.training.optimizers import Optimizer, Schedule
-from fedjax_llm.training.rows import Rows, example_gradients
+from fedjax_llm.training.rows import Rows, example_gradients, rows_of
+from fedjax_llm.training.trunk import TrunkCache
 from fedjax_llm.types import Adapters, Params, PyTree
 
 
@@ -145,6 +146,7 @@ def run(
     learning_rates: np.ndarray,
     frozen: Adapters | None = None,
     secrets: Secrets | None = None,
+    trunk: TrunkCache | None = None,
 ) -> LocalState:
     """Runs a round's microbatches in order.
 
@@ -157,11 +159,11 @@ def run(
       learning_rates: [C, S] factors of the base learning rate, for every client and local step.
       frozen: factors that are not trained, leaves [...].
       secrets: of the noise, where ``trainer.noisy``.
+      trunk: the hidden states below the adapters, where they are kept.
     """
     anchor = state.adapters
     for batch in microbatches:
-        rows = Rows(*(getattr(batch, name) for name in Rows._fields))
-        state = accumulate(trainer, params, state, rows, client_keys, frozen)
+        state = accumulate(trainer, params, state, rows_of(batch, trunk), client_keys, frozen)
         if batch.finished.any():
             rates = learning_rates[np.arange(len(batch.finished)), batch.finished_step].astype(np.float32)
             steps = (batch.finished, batch.denominator, rates)

@@ -12,13 +12,18 @@ from jax import Array
 
 from fedjax_llm import lora as low_rank
 from fedjax_llm import trees
+from fedjax_llm.data.packing import Microbatch
 from fedjax_llm.models.causal_lm import CausalLM
 from fedjax_llm.training.losses import target_nll
+from fedjax_llm.training.trunk import TrunkCache
 from fedjax_llm.types import Adapters, Params
 
 
 class Rows(NamedTuple):
-    """A microbatch on the device: the arrays of ``data.packing.Microbatch`` that the gradient needs."""
+    """A microbatch on the device: the arrays of ``data.packing.Microbatch`` that the gradient needs.
+
+    ``below`` [M, L, D] is what enters the lowest adapted layer, where that is known already (``training/trunk.py``).
+    """
 
     tokens: Array
     client: Array
@@ -29,6 +34,13 @@ class Rows(NamedTuple):
     target_position: Array
     target_token: Array
     target_weight: Array
+    below: Array | None = None
+
+
+def rows_of(batch: Microbatch, trunk: TrunkCache | None = None) -> Rows:
+    """The rows of a microbatch; with a trunk, what enters the lowest adapted layer is not computed again."""
+    arrays = {name: getattr(batch, name) for name in Rows._fields if name != "below"}
+    return Rows(**arrays, below=None if trunk is None else trunk.rows(batch.examples, batch.tokens.shape))
 
 
 def row_losses(
@@ -55,7 +67,7 @@ def row_losses(
       f32 [M], nats.
     """
     whole = low_rank.scaled(low_rank.join(adapters, frozen or {}), scaling)
-    hidden = model.hidden(params, whole, rows.tokens, dropout_keys=dropout_keys)
+    hidden = model.hidden(params, whole, rows.tokens, dropout_keys=dropout_keys, below=rows.below)
     picked = hidden[rows.target_row, rows.target_position]
     weighted = rows.target_weight * target_nll(model, params, picked, rows.target_token)
     return jax.ops.segment_sum(weighted, rows.target_row, rows.tokens.shape[0])

@@ -14,7 +14,7 @@ from fedjax_llm import trees
 from fedjax_llm.data.packing import Shape, pack
 from fedjax_llm.errors import UserError
 from fedjax_llm.training.client_update import LocalTraining, Trainer, accumulate, run, start, step
-from fedjax_llm.training.rows import Rows
+from fedjax_llm.training.rows import rows_of
 
 C = 3
 RNG = np.random.default_rng(0)
@@ -93,7 +93,7 @@ def test_microbatches_add_up_to_the_batch():
     assert [batch.finished.tolist() for batch in batches] == [[False], [True]]
     state = start(trainer, trees.repeat(adapters, 1))
     for batch in batches:
-        rows = Rows(*(getattr(batch, name) for name in Rows._fields))
+        rows = rows_of(batch)
         state = accumulate(trainer, params, state, rows, jax.random.split(jax.random.key(0), 1))
     loss, gradient = mean_gradient(params, adapters, examples, "token")
     tokens = batches[1].denominator[0]

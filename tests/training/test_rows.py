@@ -9,7 +9,7 @@ from toy_rounds import SCALING, plain_loss, toy_example, toy_model
 
 from fedjax_llm import trees
 from fedjax_llm.data.packing import Shape, pack
-from fedjax_llm.training.rows import Rows, example_gradients, row_keys, row_losses
+from fedjax_llm.training.rows import Rows, example_gradients, row_keys, row_losses, rows_of
 
 EXAMPLES = [toy_example(i, length, prompt) for i, (length, prompt) in enumerate([(14, 4), (6, 0), (9, 3), (9, 1)])]
 OWNERS = (0, 1, 1, 0)  # the client of each example
@@ -25,7 +25,7 @@ def packed(shape: Shape, order=(0, 1, 2, 3)) -> Rows:
     work = [[[EXAMPLES[i] for i in range(4) if OWNERS[i] == c]] for c in range(2)]
     batches = list(pack(work, [shape], clients=2))
     assert len(batches) == 1
-    rows = Rows(*(getattr(batches[0], name) for name in Rows._fields))
+    rows = rows_of(batches[0])
     # Where each example lies now: by owner and place in the batch.
     places = {(int(rows.client[m]), int(rows.index[m])): m for m in range(4)}
     now = [places[OWNERS[i], OWNERS[:i].count(OWNERS[i])] for i in order]
