@@ -211,8 +211,8 @@ def _first(test: Callable[[int], bool], low: int, end: int, guess: int) -> int:
     test = functools.cache(test)
     high = min(guess, end)
     if high < end and test(high):
-        while high // 2 >= low and test(high // 2):
-            high //= 2
+        while high > low and test(max(low, high // 2)):
+            high = max(low, high // 2)
         low = max(low, high // 2)
     else:
         while high < end and not test(high):
