@@ -14,6 +14,7 @@ import numpy as np
 from fedjax_llm.errors import UserError
 from fedjax_llm.privacy import calibration, participation, refusals
 from fedjax_llm.privacy.clipping import Clip
+from fedjax_llm.privacy.correlated import Correlation
 from fedjax_llm.privacy.events import Event
 from fedjax_llm.privacy.mechanism import EVERY_SITE, AdaptiveClip, Budget, Mechanism, Population, Regime
 
@@ -91,13 +92,10 @@ class DpFedAvg:
                 "(federation.cohort=None), add noise at the sites (LocalDp), or keep cohorts secret from everyone that "
                 "the guarantee shall hold against (cohort_is_secret=True)"
             )
-        run = Event("gaussian", 1.0, probability, regime.rounds)
-        correlation, sensitivity = None, 1.0
+        run, correlation = Event("gaussian", 1.0, probability, regime.rounds), None
         if self.noise is not None:
-            correlation, sensitivity = participation.correlate(
-                self.noise, regime.rounds, min(population.min_separation), max(1, *population.participations)
-            )
-            run = Event("matrix", 1.0, 1.0, regime.rounds)
+            correlation = _correlation(self.noise, regime, population)
+            run = correlation.event(1.0, 1.0, regime.rounds)
         z = self.noise_multiplier
         if z is None:
             assert budget.epsilon is not None
@@ -111,7 +109,7 @@ class DpFedAvg:
             clip=Clip(self.clip_norm, self.scope),
             clipped="deltas",
             noised="sum",
-            stddev=np.full(sites, on_updates * sensitivity),
+            stddev=np.full(sites, on_updates * (correlation.sensitivity if correlation else 1.0)),
             weight=float(cohort),
             denominators=np.ones(sites),
             sampling=None,
@@ -158,6 +156,18 @@ def update_noise(noise_multiplier: float, adaptive: AdaptiveClip, cohort: int) -
             "sites take part, or set clip_norm by hand (adaptive=None)"
         )
     return float((noise_multiplier**-2 - (2 * adaptive.count_noise) ** -2) ** -0.5)
+
+
+def _correlation(noise: Any, regime: Regime, population: Population) -> Correlation:
+    """Over the rounds, for sites that take part in them as the public seed says."""
+    schema = (min(population.min_separation), max(1, *population.participations))
+    correlation = participation.correlate(noise, population, regime.rounds, *schema)
+    if correlation.cyclic > 1:
+        raise UserError(
+            "the noise of DpFedAvg is amplified: that counts on groups of sites that take turns in secret samples, but "
+            "with correlated noise cohorts are those of the experiment's seed. Set the noise's amplified to False"
+        )
+    return correlation
 
 
 def _check_adaptive(adaptive: AdaptiveClip) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 
 from fedjax_llm.errors import UserError
 from fedjax_llm.privacy import calibration
+from fedjax_llm.privacy.correlated import Correlation
 from fedjax_llm.privacy.events import Event
 from fedjax_llm.privacy.mechanism import Budget, Population, Regime
 from fedjax_llm.types import Unit
@@ -25,7 +26,7 @@ class Participation(NamedTuple):
       probability: f64 [N]: with which a unit is sampled, in a step that its group can take part in.
       expected: f64 [N]: units a step on average; a public constant.
       runs: what each site's steps of the whole run release about it, for a noise multiplier of 1.
-      correlation: how noise is correlated over the steps; ``None``: independent.
+      correlation: of the noise over the steps; ``None``: independent.
       sensitivity: standard deviation of the independent noise over (clip norm times the event's noise multiplier).
       assumptions: what this rests on, as sentences.
     """
@@ -33,19 +34,19 @@ class Participation(NamedTuple):
     probability: np.ndarray
     expected: np.ndarray
     runs: tuple[Event, ...]
-    correlation: Any
+    correlation: Correlation | None
     sensitivity: float
     assumptions: tuple[str, ...]
 
 
 def in_steps(
-    regime: Regime, population: Population, probability: float | None, noise: Any, steps: Sequence[int] | np.ndarray
+    regime: Regime, population: Population, probability: float | None, noise: Any, steps: np.ndarray
 ) -> Participation:
     """Units in the local steps of their site, which draws a Poisson sample of them in each.
 
-    With banded noise the units of a site are dealt to as many groups as there are bands, and step i of the site's run
-    samples from group i modulo their number alone (cyclic Poisson sampling). With other correlated noise every unit may
-    be in any step, even in all of them, and sampling does not count.
+    With amplified banded noise the units of a site are dealt to groups, and step i of the site's run samples from group
+    i modulo their number alone. With other correlated noise a unit may be in any step, even in all of them, and
+    sampling does not count.
 
     Args:
       regime: the experiment.
@@ -54,68 +55,61 @@ def in_steps(
       noise: how it is correlated over a site's steps.
       steps: [N]: each site's in the whole run.
     """
-    sampled = poisson(regime, population, probability)
-    longest = int(max(steps))
-    return _participation(population, sampled, noise, steps, longest, (1, longest))
+    sampled, longest = poisson(regime, population, probability), int(max(steps))
+    correlation = None if noise is None else correlate(noise, population, longest, 1, longest)
+    return _participation(population, sampled, steps, correlation)
 
 
 def in_rounds(regime: Regime, population: Population, probability: float | None, noise: Any) -> Participation:
     """Units in the rounds of their site, with one noise for all sites; as :func:`in_steps`, but for whole rounds.
 
     Raises:
-      UserError: banded noise where sites take turns.
+      UserError: amplified banded noise where sites take turns.
     """
-    sites = len(population.sites)
-    if noise is not None and (regime.cohort or sites) < sites and _is_banded(noise):
-        raise UserError(
-            f"federation.cohort is {regime.cohort} of {sites} sites: banded noise is accounted for by groups of units "
-            "that take part in every so many rounds, which a site that misses rounds does not do. Let every site take "
-            "part (federation.cohort=None), or choose BufferedToeplitz"
-        )
-    rounds = np.maximum(1, population.participations)
-    schema = (min(population.min_separation), int(max(rounds)))
-    sampled = poisson(regime, population, probability)
-    return _participation(population, sampled, noise, rounds, regime.rounds, schema)
-
-
-def _participation(
-    population: Population,
-    sampled: np.ndarray,
-    noise: Any,
-    counts: Sequence[int] | np.ndarray,
-    longest: int,
-    schema: tuple[int, int],
-) -> Participation:
-    """Events by site for independent, banded, or other correlated noise over ``longest`` releases at most."""
-    units = np.asarray(population.units, np.float64)
-    hidden = "which units a step samples stays secret"
+    sampled, rounds = poisson(regime, population, probability), np.maximum(1, population.participations)
     if noise is None:
-        runs = [Event("gaussian", 1.0, float(q), int(count)) for q, count in zip(sampled, counts, strict=True)]
-        return Participation(sampled, sampled * units, tuple(runs), None, 1.0, (hidden,))
+        return _participation(population, sampled, rounds, None)
+    schema = (min(population.min_separation), int(max(rounds)))
+    correlation = correlate(noise, population, regime.rounds, *schema)
+    if correlation.cyclic > 1 and min(population.participations) < regime.rounds:
+        raise UserError(
+            "sites take turns, and banded noise is amplified: that counts on groups of units which take part in every "
+            f"{correlation.cyclic} rounds, and a site that misses rounds does not keep step. Let every site take part "
+            "in every round (federation.cohort=None), or set the noise's amplified to False"
+        )
+    return _participation(population, sampled, rounds, correlation)
+
+
+def correlate(noise: Any, population: Population, steps: int, min_separation: int, participations: int) -> Correlation:
+    """The correlation over so many releases, for units that take part in them like this.
+
+    Raises:
+      UserError: units at several sites, whose releases it does not compose; or noise that brings nothing.
+    """
     if population.shared:
         raise UserError(
             f"the sites {', '.join(population.shared[0])} hold data of the same patient, and noise is correlated: such "
             "noise is charged as one release of the whole run, which does not add up over sites. Set the mechanism's "
             "noise to None, or keep each patient's records at one site"
         )
-    if _is_banded(noise):
-        within = np.minimum(1.0, sampled * noise.bands)
-        runs = [
-            Event("banded", 1.0, float(q), int(count), noise.bands) for q, count in zip(within, counts, strict=True)
-        ]
-        # The cost of cyclic sampling is that of one participation in each turn of the groups.
-        correlation, sensitivity = correlate(noise, longest, noise.bands, 1)
-        expected = within * units / noise.bands
-        return Participation(within, expected, tuple(runs), correlation, sensitivity, (hidden,))
-    correlation, sensitivity = correlate(noise, longest, *schema)
-    runs = [Event("matrix", 1.0, 1.0, int(count)) for count in counts]
-    return Participation(sampled, sampled * units, tuple(runs), correlation, sensitivity, ())
+    return noise.make(steps, min_separation, participations)
 
 
-def correlate(noise: Any, steps: int, min_separation: int, participations: int) -> tuple[Any, float]:
-    """The correlation over so many releases, and its sensitivity to a unit that takes part in them like this."""
-    correlation = noise.make(steps, min_separation, participations)
-    return correlation, float(correlation.sensitivity)
+def _participation(
+    population: Population, sampled: np.ndarray, counts: np.ndarray, correlation: Correlation | None
+) -> Participation:
+    """With independent noise, or with the correlation's groups, sensitivity and events."""
+    groups = 1 if correlation is None else correlation.cyclic
+    # The few units of a small site's group all take part when it is their turn.
+    within = np.minimum(1.0, groups * sampled)
+    expected = within * np.asarray(population.units, np.float64) / groups
+    releases = [(float(q), int(count)) for q, count in zip(within, counts, strict=True)]
+    hidden = ("which units a step samples stays secret",)
+    if correlation is None:
+        runs = tuple(Event("gaussian", 1.0, q, count) for q, count in releases)
+        return Participation(within, expected, runs, None, 1.0, hidden)
+    runs = tuple(correlation.event(1.0, q, count) for q, count in releases)
+    return Participation(within, expected, runs, correlation, correlation.sensitivity, hidden if groups > 1 else ())
 
 
 def assumptions(unit: Unit) -> tuple[str, ...]:
@@ -225,10 +219,3 @@ def _connected(groups: Sequence[Sequence[str]]) -> list[set[str]]:
         touching = [other for other in joined if other & set(group)]
         joined = [other for other in joined if other not in touching] + [set(group).union(*touching)]
     return joined
-
-
-def _is_banded(noise: Any) -> bool:
-    """Whether units are to be dealt to groups for this noise."""
-    from fedjax_llm.privacy.correlated import BandedToeplitz
-
-    return isinstance(noise, BandedToeplitz)

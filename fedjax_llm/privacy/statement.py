@@ -130,6 +130,6 @@ def _scope(epsilons: Mapping[str, float], shared: int) -> str:
     if EVERY_SITE in epsilons:
         return "the same for every site"
     if len(epsilons) == 1:
-        return f"at {next(iter(epsilons))}"
+        return f"at {next(iter(epsilons))!r}, the only site"
     groups = f" and {shared} {'set' if shared == 1 else 'sets'} of sites that share patients" if shared else ""
     return f"the worst of {len(epsilons) - shared} sites{groups}"

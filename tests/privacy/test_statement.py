@@ -73,7 +73,7 @@ def test_the_account_of_whole_sites_counts_sites():
 
 def test_a_line_names_the_only_account_or_how_many_there_are():
     assert line("record", 1e-6, {"all": 1.0}) == (
-        "epsilon <= 1.00 at delta 1e-06 for one record (add or remove one record), at all"
+        "epsilon <= 1.00 at delta 1e-06 for one record (add or remove one record), at 'all', the only site"
     )
     assert line("record", 1e-6, {"a": 1.0, "b": 2.0}).endswith("the worst of 2 sites")
     assert line("record", 1e-6, {}).startswith("epsilon <= 0.00")
