@@ -156,7 +156,7 @@ def regime_of(experiment: Experiment) -> Regime:
         local_steps=local.local_steps,
         local_epochs=local.local_epochs,
         normalise=local.normalise,
-        optimizer=local.optimizer.name,
+        optimizer=local.optimizer.name + (f" with {dict(local.optimizer.options)}" if local.optimizer.options else ""),
         learning_rate=local.optimizer.learning_rate,
         constant_rate=local.round_schedule.shape == local.local_schedule.shape == "constant",
         proximal=local.proximal,

@@ -113,7 +113,8 @@ def split(adapters: Adapters, train: Literal["both", "b"]) -> tuple[Adapters, Ad
     """The factors that are trained, and those that stay as they are."""
     if train == "both":
         return adapters, {}
-    return tuple({path: {name: factors[name]} for path, factors in adapters.items()} for name in "ba")
+    trained = {path: {"b": factors["b"]} for path, factors in adapters.items()}
+    return trained, {path: {"a": factors["a"]} for path, factors in adapters.items()}
 
 
 def join(trained: Adapters, frozen: Adapters) -> Adapters:

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 import numpy as np
 
 from fedjax_llm.data.chat import encode_example, with_system
@@ -20,6 +21,7 @@ from fedjax_llm.errors import UserError
 from fedjax_llm.evaluation.heldout import slots
 from fedjax_llm.models.causal_lm import CausalLM
 from fedjax_llm.models.tokenizer import Tokenizer
+from fedjax_llm.training.trunk import TrunkCache
 from fedjax_llm.types import Adapters, Params
 
 
@@ -74,6 +76,7 @@ def score_options(
     *,
     shapes: Sequence[Shape],
     advance: Callable[[int], None],
+    trunk: TrunkCache | None = None,
 ) -> list[np.ndarray]:
     """The mean log-likelihood (nats per token) of every option.
 
@@ -85,6 +88,7 @@ def score_options(
       rows: the questions, from :func:`lay_out`.
       shapes: from ``packing.choose_shapes`` over ``row.encoded``; they decide speed and memory, never the result.
       advance: called with how many more questions are done.
+      trunk: the hidden states below the adapters, where they are kept; ``adapters`` must not be ``{}`` then.
 
     Returns:
       For each question f64 [options].
@@ -98,9 +102,9 @@ def score_options(
         )
         row, slot = batch.target_row, batch.target_position + 1
         seen = tree_mask(branch, position, model.config.window)
-        nll, _ = slots(
-            model, scaling, params, adapters, batch.tokens, position, seen, row, parent[row, slot], batch.target_token
-        )
+        below = None if trunk is None else jnp.asarray(trunk.block(batch.tokens, position, seen))
+        targets = (row, parent[row, slot], batch.target_token)
+        nll, _ = slots(model, scaling, params, adapters, batch.tokens, position, seen, *targets, below=below)
         used = np.flatnonzero(batch.target_weight > 0)
         for target, value in zip(used, np.asarray(nll, np.float64)[used], strict=True):
             sums[batch.index[row[target]]][branch[row[target], slot[target]]] -= value

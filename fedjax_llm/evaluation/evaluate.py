@@ -177,7 +177,7 @@ def evaluate_sites(
     correct: dict[str, list[int]] = {}
     if total:
         with phase("Multiple choice", total) as advance:
-            correct = _choices(base, scaling, adapters, held_out, advance)
+            correct = _choices(base, scaling, adapters, held_out, advance, trunk)
     sites = {}
     for site, examples in held_out.test.items():
         ids, sums = by_record(examples, scores[site])
@@ -272,13 +272,13 @@ def _choices(
     adapters: Mapping[str, Adapters],
     held_out: HeldOut,
     advance: Callable[[int], None],
+    trunk: TrunkCache | None,
 ) -> dict[str, list[int]]:
     """For every site and question whether the right option was chosen, 0 or 1."""
     found = {}
     for own, rows, parts in _passes(held_out.questions, adapters):
-        scores = score_options(
-            base.model, scaling, base.params, own, rows, shapes=held_out.choice_shapes, advance=advance
-        )
+        model, shapes = base.model, held_out.choice_shapes
+        scores = score_options(model, scaling, base.params, own, rows, shapes=shapes, advance=advance, trunk=trunk)
         right = [int(chosen(row.question, one) == row.question.answer) for row, one in zip(rows, scores, strict=True)]
         found |= {site: right[part] for site, part in parts.items()}
     return found

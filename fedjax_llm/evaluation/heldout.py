@@ -61,7 +61,7 @@ def score(
     for batch in pack([[examples]] if examples else [], shapes, clients=1):
         used = batch.target_weight > 0
         predicted = (batch.target_row, batch.target_position, batch.target_token)
-        below = None if trunk is None else trunk.rows(batch.examples, batch.tokens.shape)
+        below = None if trunk is None else jnp.asarray(trunk.rows(batch.examples, batch.tokens.shape))
         nll, correct = slots(model, scaling, params, adapters, batch.tokens, None, None, *predicted, below=below)
         example = batch.index[batch.target_row[used]]
         np.add.at(totals.nll, example, np.asarray(nll, np.float64)[used])

@@ -13,6 +13,7 @@ import jaxlib
 import numpy as np
 
 from fedjax_llm.config import MAY_CHANGE, Experiment, to_json
+from fedjax_llm.errors import UserError
 from fedjax_llm.experiment.prepare import Prepared
 from fedjax_llm.federation.plan import RoundPlan
 from fedjax_llm.federation.rounds import cohort_of
@@ -113,10 +114,16 @@ def charge(account: Account, plan: RoundPlan, state: RoundState) -> Charge:
     contents = account.ledger.contents
     before = ledger.charged(contents)
     repeated = repeatable and ledger.repeats(contents, number, computation, events)
+    if account.mechanism.correlated is not None and not repeated and any(e.round >= number for e in contents.entries):
+        raise UserError(
+            f"round {number} was released before with correlated noise, and would now be released again with other noise "
+            "(randomness is secret, or the layout, the versions or the processor have changed): the noise of all rounds "
+            "is one release, which does not allow that. Resume as the run was started, or start a new run"
+        )
     after = before if repeated else _with(before, events)
     spent = spent_of(account, after)
     budget = account.experiment.privacy.budget
-    if budget is not None and spent["max"] > budget:
+    if budget is not None and spent["max"] > budget * (1 + 1e-9):  # of the target that noise was calibrated to
         raise BudgetSpent(
             f"round {number} would bring it to {bound(spent['max'])} at delta {spent['delta']:g} "
             f"({adjacency(account.mechanism.unit)}), above the budget of {budget:g}: it does not run"

@@ -19,8 +19,8 @@ from fedjax_llm.data.records import Dataset, EncodedExample
 from fedjax_llm.data.splits import SplitSite, split_site
 from fedjax_llm.errors import UserError
 from fedjax_llm.evaluation.evaluate import HeldOut, hold_out
-from fedjax_llm.federation.clients import clients_of, local_training_of
 from fedjax_llm.experiment.protection import protection
+from fedjax_llm.federation.clients import clients_of, local_training_of
 from fedjax_llm.federation.plan import RoundPlan
 from fedjax_llm.lora import Lora
 from fedjax_llm.models.causal_lm import CausalLM, lowest_adapted

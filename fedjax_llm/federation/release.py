@@ -84,9 +84,7 @@ def _updates(
     return Updates(deltas, weights if private else jnp.where(finite, weights, 0.0), norms, finite, below_clip)
 
 
-def noised_deltas(
-    plan: RoundPlan, deltas: PyTree, ids: Array, index: Array, number: int, attempt: int
-) -> PyTree:
+def noised_deltas(plan: RoundPlan, deltas: PyTree, ids: Array, index: Array, number: int, attempt: int) -> PyTree:
     """The deltas [C, ...] as they leave the sites: with the sites' own noise in local differential privacy."""
     mechanism = plan.mechanism
     if mechanism is None or mechanism.noised != "deltas":
@@ -135,7 +133,8 @@ def noised_sum(
     mechanism = plan.mechanism
     if mechanism is None or mechanism.noised != "sum":
         return view, privacy_state
-    assert isinstance(view, Sum) and plan.secret_key is not None
+    assert isinstance(view, Sum)
+    assert plan.secret_key is not None
     keys = [secret_round_key(plan.secret_key, number, attempt, purpose) for purpose in ("sum noise", "count noise")]
     state, bound = dict(privacy_state), clip_norm(mechanism, privacy_state)
     correlated = mechanism.correlated

@@ -78,9 +78,7 @@ def cohort_of(plan: RoundPlan, number: int, attempt: int = 0) -> np.ndarray:
     return sample_cohort(round_key(plan.key, number, "cohort"), len(plan.clients), plan.cohort)
 
 
-def run_round(
-    plan: RoundPlan, params: Params, state: RoundState, attempt: int = 0
-) -> tuple[RoundState, RoundReport]:
+def run_round(plan: RoundPlan, params: Params, state: RoundState, attempt: int = 0) -> tuple[RoundState, RoundReport]:
     """One round.
 
     Args:

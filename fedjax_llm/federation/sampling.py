@@ -158,7 +158,7 @@ def sample_units(
         if cycle is not None:
             taken &= cycle.member == (cycle.first + step) % cycle.groups
         batch = []
-        for place in np.flatnonzero(taken):
+        for place in np.flatnonzero(taken).tolist():
             unit = units[place]
             few = len(unit) > examples_per_unit
             chosen = rng.choice(len(unit), examples_per_unit, replace=False) if few else range(len(unit))

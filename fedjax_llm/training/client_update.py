@@ -256,11 +256,14 @@ def step(
     )
 
 
-def _noised(trainer: Trainer, state: LocalState, number: Array | None, secrets: Secrets | None) -> tuple[PyTree, PyTree]:
+def _noised(
+    trainer: Trainer, state: LocalState, number: Array | None, secrets: Secrets | None
+) -> tuple[PyTree, PyTree]:
     """The clients' sums with the noise of their step ``number`` [C], and the states of the noise after it."""
     if not trainer.noisy:
         return state.gradients, state.noise
     assert secrets is not None, "a noisy trainer needs keys"
+    assert number is not None, "a noisy trainer needs the steps' numbers"
     keys = jax.vmap(noises.step_key)(secrets.keys, number)
     noise = jax.vmap(noises.gaussian)(keys, state.gradients, secrets.stddev)
     mixed = state.noise

@@ -40,7 +40,8 @@ class Rows(NamedTuple):
 def rows_of(batch: Microbatch, trunk: TrunkCache | None = None) -> Rows:
     """The rows of a microbatch; with a trunk, what enters the lowest adapted layer is not computed again."""
     arrays = {name: getattr(batch, name) for name in Rows._fields if name != "below"}
-    return Rows(**arrays, below=None if trunk is None else trunk.rows(batch.examples, batch.tokens.shape))
+    below = None if trunk is None else jnp.asarray(trunk.rows(batch.examples, batch.tokens.shape))
+    return Rows(**arrays, below=below)
 
 
 def row_losses(

@@ -5,6 +5,7 @@ they give for an example serves every later step and every evaluation, which the
 (``CausalLM.hidden``, argument ``below``).
 """
 
+import hashlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -85,6 +86,26 @@ class TrunkCache:
             block[row, : len(states)] = states
         self._keep(computed)
         return block
+
+    def block(self, tokens: np.ndarray, positions: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """The states of a whole microbatch whose rows are no plain text, such as trees of answers.
+
+        Args:
+          tokens: int32 [M, L].
+          positions: int32 [M, L].
+          mask: bool [M, L, L], who sees whom.
+
+        Returns:
+          [M, L, D]; kept under all three.
+        """
+        key = hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in (tokens, positions, mask)))
+        if key.digest() in self._kept:
+            self._kept.move_to_end(key.digest())
+            return self._kept[key.digest()]
+        arrays = [jnp.asarray(part) for part in (tokens, positions, mask)]
+        states = np.asarray(self.model.trunk(self.params, arrays[0], self.layers, *arrays[1:]))
+        self._keep({key.digest(): states})
+        return states
 
     def _missing(self, tokens: Mapping[bytes, np.ndarray]) -> dict[bytes, np.ndarray]:
         """Those that are not kept. Those that are count as used just now."""
