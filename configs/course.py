@@ -9,7 +9,7 @@ Wants the Hugging Face hub (model and text) and an accelerator.
 from fedjax_llm.config import Data, Experiment, Model
 from fedjax_llm.data.hub import HubDataset
 from fedjax_llm.data.partition import Iid
-from fedjax_llm.federation.rounds import Federation
+from fedjax_llm.federation.plan import Federation
 from fedjax_llm.lora import Lora
 from fedjax_llm.training.client_update import LocalTraining
 from fedjax_llm.training.optimizers import Optimizer, Schedule

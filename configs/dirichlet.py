@@ -10,7 +10,7 @@ from fedjax_llm.config import Data, Experiment
 from fedjax_llm.data.hpo import HpoFlashcards
 from fedjax_llm.data.partition import DirichletByLabel
 from fedjax_llm.evaluation.evaluate import Evaluation
-from fedjax_llm.federation.rounds import Federation
+from fedjax_llm.federation.plan import Federation
 from fedjax_llm.training.client_update import LocalTraining
 from fedjax_llm.training.optimizers import Optimizer
 

@@ -8,7 +8,7 @@ A record: {"prompt": "...", "answer": "...", "patient": "p17"}. All records of a
 from fedjax_llm.config import Data, Experiment
 from fedjax_llm.data.site_files import SiteFiles
 from fedjax_llm.evaluation.evaluate import Evaluation
-from fedjax_llm.federation.rounds import Federation
+from fedjax_llm.federation.plan import Federation
 from fedjax_llm.lora import Lora
 from fedjax_llm.training.client_update import LocalTraining
 from fedjax_llm.training.optimizers import Optimizer

@@ -8,7 +8,7 @@ Four of the eight clinics take part in each round. About five minutes on two cor
 from fedjax_llm.config import Data, Experiment
 from fedjax_llm.data.hpo import HpoFlashcards
 from fedjax_llm.evaluation.evaluate import Evaluation
-from fedjax_llm.federation.rounds import Execution, Federation
+from fedjax_llm.federation.plan import Execution, Federation
 from fedjax_llm.lora import Lora
 from fedjax_llm.training.client_update import LocalTraining
 from fedjax_llm.training.optimizers import Optimizer, Schedule

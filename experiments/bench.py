@@ -4,7 +4,8 @@
     python -m experiments.bench --peers        (needs `make peers`)
 
 One JSON object a case: seconds, real and padded tokens/s, GFLOP/s, share of this machine's measured f32 matmul peak,
-and peak memory; with ``--peers`` also the ratio to each peer, as the median of ratios of runs that took turns.
+and peak memory. The private round (record-level DP-SGD at the sites) is set against the same round without privacy, and
+with ``--peers`` ours against each peer's: ``ratio`` is the median of ratios of runs that took turns.
 """
 
 import json
@@ -12,10 +13,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,16 +30,46 @@ from fedjax_llm.data.packing import pack
 from fedjax_llm.errors import UserError, tell
 from fedjax_llm.experiment.compilation import use_compilation_cache
 from fedjax_llm.experiment.synthetic import dense_plan, training_flops
-from fedjax_llm.federation.rounds import RoundPlan, run_round
+from fedjax_llm.federation.plan import RoundPlan
+from fedjax_llm.federation.rounds import run_round
 from fedjax_llm.lora import Lora
 from fedjax_llm.models.loading import BaseModel, converted_folder, load
+from fedjax_llm.privacy.dp_sgd import DpSgd
 from fedjax_llm.runs.environment import peak_rss_bytes
 from fedjax_llm.training import client_update
-from fedjax_llm.training.rows import Rows
 from fedjax_llm.types import RoundState
 
-PEERS = {"peft-loop": ("--no-flower",), "flower-peft": ()}
-"""What a user would pick instead: a PyTorch + PEFT loop over the clients, and Flower around it."""
+ADAPTERS = Lora(rank=8, alpha=16, targets=("q_proj", "v_proj"))
+MECHANISM = DpSgd(clip_norm=1.0, noise_multiplier=1.0)
+_FORGET_PEAK = Path("/proc/self/clear_refs")
+"""Linux: writing 5 here sets this process's peak of resident memory back to what it holds now."""
+
+Work = Callable[[], Any]
+
+
+class Peer(NamedTuple):
+    """What a user would pick instead.
+
+    Attributes:
+      name: of its cases.
+      options: for ``benchmarks/peft_peer.py``.
+      private: whether ours is the private round.
+      target: what our speed in its own should be for whole rounds.
+    """
+
+    name: str
+    options: tuple[str, ...]
+    private: bool
+    target: str | None = None
+
+
+PEERS = (
+    Peer("peft-loop", ("--no-flower",), private=False, target="at least 1.0"),
+    Peer("flower-peft", (), private=False, target="at least 1.15"),
+    Peer("peft-loop-opacus", ("--no-flower", "--private"), private=True),
+    Peer("flower-peft-opacus", ("--private",), private=True, target="at least 1.5"),
+)
+"""A PyTorch + PEFT loop over the clients, and Flower around it; both also with Opacus."""
 
 
 @dataclass(frozen=True)
@@ -80,43 +111,108 @@ def matmul_peak() -> float:
     return best
 
 
-def timed(work: Callable[[], Any], repeats: int) -> list[float]:
-    """Seconds of each repeat, after one warm-up that is not counted."""
+def once(work: Work) -> float:
+    """Seconds of one call, until its arrays are there."""
+    began = time.perf_counter()
     jax.block_until_ready(work())
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        jax.block_until_ready(work())
-        seconds.append(time.perf_counter() - began)
-    return seconds
+    return time.perf_counter() - began
+
+
+def timed(work: Work, repeats: int) -> list[float]:
+    """Seconds of each repeat, after one warm-up that is not counted."""
+    once(work)
+    return [once(work) for _ in range(repeats)]
+
+
+def paired(one: Work, other: Work, repeats: int) -> list[tuple[float, float]]:
+    """Seconds of both in each repeat, taking turns at going first; after one warm-up of both."""
+    once(one), once(other)
+    pairs = []
+    for repeat in range(repeats):
+        if repeat % 2:
+            later, earlier = once(other), once(one)
+            pairs.append((earlier, later))
+        else:
+            pairs.append((once(one), once(other)))
+    return pairs
+
+
+def peak_during(work: Work) -> int | None:
+    """Peak resident memory of this process in bytes during one call; ``None`` where the system cannot tell."""
+    try:
+        _FORGET_PEAK.write_text("5")
+    except OSError:
+        return None
+    once(work)
+    return peak_rss_bytes()
 
 
 def step_case(bench: Bench, base: BaseModel, plan: RoundPlan, state: RoundState, peak: float) -> dict[str, Any]:
     """One training step of all clients: gradients of a microbatch, and the optimisers' steps."""
-    work = [[list(client.examples[: bench.batch])] for client in plan.clients]
-    (batch,) = pack(work, plan.shapes, clients=bench.clients)
-    rows = Rows(*(jnp.asarray(getattr(batch, name)) for name in Rows._fields))
+    work = [[list(client.examples)] for client in plan.clients]
+    batches = list(pack(work, plan.shapes, clients=bench.clients))
     begun = client_update.start(plan.trainer, trees.repeat(state.adapters, bench.clients))
     keys = jax.random.split(jax.random.key(0), bench.clients)
-    rates = np.ones(bench.clients, np.float32)
+    rates = np.ones((bench.clients, 1), np.float32)
 
     def step() -> Any:
-        summed = client_update.accumulate(plan.trainer, base.params, begun, rows, keys)
-        return client_update.step(plan.trainer, summed, begun.adapters, batch.finished, batch.denominator, rates)
+        return client_update.run(plan.trainer, base.params, begun, batches, keys, rates)
 
     seconds = statistics.median(timed(step, bench.repeats))
     shape = plan.shapes[0]
     flops = training_flops(base, shape.rows, shape.length, shape.targets)
+    (batch,) = batches
     return figures("train_step", seconds, batch.real_tokens, batch.tokens.size, flops, peak)
 
 
-def round_case(bench: Bench, base: BaseModel, plan: RoundPlan, state: RoundState, peak: float) -> dict[str, Any]:
+def round_work(base: BaseModel, plan: RoundPlan, state: RoundState) -> Work:
     """A whole round: sampling, packing, local training, aggregation."""
-    seconds = statistics.median(timed(lambda: run_round(plan, base.params, state)[0].adapters, bench.repeats))
-    tokens = bench.clients * bench.steps * bench.batch * bench.length
+    return lambda: run_round(plan, base.params, state)[0].adapters
+
+
+def round_figures(
+    case: str, bench: Bench, base: BaseModel, plan: RoundPlan, seconds: float, peak: float
+) -> dict[str, Any]:
+    """A case of whole rounds."""
     shape = plan.shapes[0]
     flops = bench.steps * training_flops(base, shape.rows, shape.length, shape.targets)
-    return figures("round", seconds, tokens, tokens, flops, peak)
+    return figures(case, seconds, round_tokens(bench), round_tokens(bench), flops, peak)
+
+
+def round_tokens(bench: Bench) -> int:
+    """Tokens of a round; none of them is padding."""
+    return bench.clients * bench.steps * bench.batch * bench.length
+
+
+def cost(plain: Work, private: Work, repeats: int) -> tuple[float, dict[str, Any]]:
+    """What privacy costs a round.
+
+    Returns:
+      Seconds of a private round; and the ratio to a plain one, and by how many bytes the peak of resident memory is
+      higher (``None`` where the system cannot tell).
+    """
+    pairs = paired(plain, private, repeats)
+    plain_peak, private_peak = peak_during(plain), peak_during(private)
+    growth = None if plain_peak is None or private_peak is None else private_peak - plain_peak
+    ratios = spread(second / first for first, second in pairs)
+    return statistics.median(second for _, second in pairs), ratios | {"memory_growth_bytes": growth}
+
+
+def private_case(
+    bench: Bench, base: BaseModel, plain: Work, private: Work, plan: RoundPlan, state: RoundState, peak: float
+) -> dict[str, Any]:
+    """A round with record-level DP-SGD, and its cost; memory may grow by the per-row gradients of the adapters."""
+    seconds, found = cost(plain, private, bench.repeats)
+    gradients = 4 * plan.shapes[0].rows * sum(leaf.size for leaf in jax.tree.leaves(state.adapters))
+    targets = {"target": "at most 1.1", "memory_growth_target": f"at most {gradients}"}
+    return round_figures("private_round", bench, base, plan, seconds, peak) | found | targets
+
+
+def spread(ratios: Iterable[float]) -> dict[str, float]:
+    """The median of ratios, the lowest and the highest."""
+    ordered = sorted(ratios)
+    found = {"ratio": statistics.median(ordered), "low": ordered[0], "high": ordered[-1]}
+    return {name: round(value, 3) for name, value in found.items()}
 
 
 def figures(case: str, seconds: float, real: int, padded: int, flops: float, peak: float) -> dict[str, Any]:
@@ -133,37 +229,35 @@ def figures(case: str, seconds: float, real: int, padded: int, flops: float, pea
     }
 
 
-def peer_cases(bench: Bench, base: BaseModel, ours: Callable[[], float]) -> Iterator[dict[str, Any]]:
+def peer_cases(bench: Bench, base: BaseModel, plain: Work, private: Work) -> Iterator[dict[str, Any]]:
     """Ours and each peer in turns on the same model and shapes; ratios of whole rounds, and of training alone.
 
     Args:
       bench: the shapes.
       base: the model.
-      ours: seconds of one of our rounds, measured now.
+      plain: our round, beside the peers without privacy.
+      private: our private round, beside those with.
 
     Raises:
       UserError: the peers' environment is not there, or a peer failed.
     """
     if not bench.peer_python.exists():
         raise UserError(f"{bench.peer_python} does not exist; `make peers` creates the peers' environment")
-    for name, options in PEERS.items():
+    for peer in PEERS:
         rounds, trainings, own = [], [], []
         for _ in range(bench.turns):
-            lines = run_peer(bench, base, options)
+            lines = run_peer(bench, base, peer.options)
             rounds.append(statistics.median(line["round_s"] for line in lines))
             trainings.append(statistics.median(line["train_s"] for line in lines))
-            own.append(statistics.median(ours() for _ in range(len(lines))))
-        tokens = bench.clients * bench.steps * bench.batch * bench.length
-        for part, theirs in (("round", rounds), ("training", trainings)):
-            ratios = sorted(peer / mine for peer, mine in zip(theirs, own, strict=True))
-            yield {
-                "case": f"{name}/{part}",
-                "ours": round(tokens / statistics.median(own), 1),
-                "peer": round(tokens / statistics.median(theirs), 1),
-                "ratio": round(statistics.median(ratios), 3),
-                "low": round(ratios[0], 3),
-                "high": round(ratios[-1], 3),
+            own.append(statistics.median(timed(private if peer.private else plain, len(lines))))
+        for part, theirs, target in (("round", rounds, peer.target), ("training", trainings, None)):
+            case = {
+                "case": f"{peer.name}/{part}",
+                "ours": round(round_tokens(bench) / statistics.median(own), 1),
+                "peer": round(round_tokens(bench) / statistics.median(theirs), 1),
+                **spread(seconds / mine for seconds, mine in zip(theirs, own, strict=True)),
             }
+            yield case | ({"target": target} if target else {})
 
 
 def run_peer(bench: Bench, base: BaseModel, options: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -204,11 +298,14 @@ def cases(bench: Bench) -> Iterator[dict[str, Any]]:
     peak = matmul_peak()
     base = load(bench.model)
     shapes = {"clients": bench.clients, "steps": bench.steps, "batch": bench.batch, "length": bench.length}
-    plan, state = dense_plan(base, Lora(rank=8, alpha=16, targets=("q_proj", "v_proj")), **shapes)
+    plan, state = dense_plan(base, ADAPTERS, **shapes)
+    private_plan, private_state = dense_plan(base, ADAPTERS, **shapes, mechanism=MECHANISM)
+    plain, private = round_work(base, plan, state), round_work(base, private_plan, private_state)
     yield step_case(bench, base, plan, state, peak)
-    yield round_case(bench, base, plan, state, peak)
+    yield round_figures("round", bench, base, plan, statistics.median(timed(plain, bench.repeats)), peak)
+    yield private_case(bench, base, plain, private, private_plan, private_state, peak)
     if bench.peers:
-        yield from peer_cases(bench, base, lambda: timed(lambda: run_round(plan, base.params, state)[0].adapters, 1)[0])
+        yield from peer_cases(bench, base, plain, private)
 
 
 if __name__ == "__main__":

@@ -107,8 +107,8 @@ def charge(account: Account, plan: RoundPlan, state: RoundState) -> Charge:
     number = int(state.round) + 1
     cohort = [plan.clients[place].name for place in cohort_of(plan, number)]
     events = releases(account.mechanism, cohort)
-    # The bits of a round depend on the state that it begins with; on a CPU, and with keys from the seed, on nothing else
-    # that is not in the hash.
+    # The bits of a round depend on the state that it begins with; on a CPU, and with keys from the seed, on nothing
+    # else that is not in the hash.
     computation = hashlib.sha256(f"{account.computation} {_digest(state)}".encode()).hexdigest()
     repeatable = account.experiment.privacy.randomness == "reproducible" and jax.default_backend() == "cpu"
     contents = account.ledger.contents
@@ -116,9 +116,9 @@ def charge(account: Account, plan: RoundPlan, state: RoundState) -> Charge:
     repeated = repeatable and ledger.repeats(contents, number, computation, events)
     if account.mechanism.correlated is not None and not repeated and any(e.round >= number for e in contents.entries):
         raise UserError(
-            f"round {number} was released before with correlated noise, and would now be released again with other noise "
-            "(randomness is secret, or the layout, the versions or the processor have changed): the noise of all rounds "
-            "is one release, which does not allow that. Resume as the run was started, or start a new run"
+            f"round {number} was released before with correlated noise, and would now be released again with other "
+            "noise (randomness is secret, or the layout, the versions or the processor have changed): the noise of all "
+            "rounds is one release, which does not allow that. Resume as the run was started, or start a new run"
         )
     after = before if repeated else _with(before, events)
     spent = spent_of(account, after)

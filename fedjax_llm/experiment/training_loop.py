@@ -100,7 +100,7 @@ def run_rounds(prepared: Prepared, plan: RoundPlan, loop: Loop, progress: RunPro
 def _restored(
     checkpoints: Checkpoints, fresh: RoundState, loop: Loop, progress: RunProgress
 ) -> tuple[RoundState, str | None]:
-    """The newest intact state of a resumed run and the head of the ledger that it was saved with, else the fresh one."""
+    """The newest intact state of a resumed run with the head of its ledger, else the fresh one."""
     if not loop.resume:
         return fresh, None
     found = checkpoints.restore_latest(fresh)

@@ -122,7 +122,7 @@ class ClientReport:
 class RoundReport:
     """What happened in a round.
 
-    Tokens are counted without and with padding. ``clip_norm`` is the bound on a unit's contribution, where there is one.
+    Tokens are counted without and with padding. ``clip_norm`` is the bound on a unit's contribution, if there is one.
     """
 
     clients: tuple[ClientReport, ...]

@@ -79,6 +79,7 @@ def _updates(
     deltas = trees.select(finite, deltas, jax.tree.map(jnp.zeros_like, deltas))
     below_clip = jnp.float32(0)
     if clip is not None:
+        assert bound is not None
         below_clip = jnp.sum(jnp.where(weights > 0, (finite & (norms <= bound)) - 0.5, 0.0))
         deltas = clip_units(deltas, clip, bound)
     return Updates(deltas, weights if private else jnp.where(finite, weights, 0.0), norms, finite, below_clip)
@@ -103,7 +104,7 @@ def _noised_deltas(deltas: PyTree, keys: Array, stddev: Array) -> PyTree:
 
 
 def nothing(plan: RoundPlan, adapters: PyTree) -> View | None:
-    """The view before any client: an empty sum where the server releases one even if nobody takes part, else nothing."""
+    """The view before any client: an empty sum where one is released even if nobody takes part, else nothing."""
     if plan.mechanism is None or plan.mechanism.noised != "sum":
         return None
     return Sum(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), adapters), jnp.float32(0))

@@ -156,7 +156,7 @@ def _run_chunk(
     if plan.trunk is not None:  # in microbatches of its own, with less padding than a step's
         plan.trunk.fill([example for batch in batches for example in batch.examples], advance=lambda count: None)
     ended = client_update.run(plan.trainer, params, begun, batches, keys, rates, plan.frozen, secrets, plan.trunk)
-    updates = release.updates(plan, ended, anchor, _weights(plan, clients, slots), state.privacy_state)
+    updates = release.updates(plan, ended, anchor, jnp.asarray(_weights(plan, clients, slots)), state.privacy_state)
     deltas = release.noised_deltas(plan, updates.deltas, ids, index, *moment)
     # Noise that was drawn is gone, whatever became of the update: its state always moves on.
     moved_on = {"optimizer": trees.select(updates.finite, ended.optimizer, begun.optimizer), "noise": ended.noise}

@@ -12,15 +12,13 @@ Its import takes seconds (scipy, chex), so it is made in the functions that need
 """
 
 import functools
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from fedjax_llm.errors import UserError
 from fedjax_llm.privacy.events import Event
@@ -43,8 +41,8 @@ class Correlation(NamedTuple):
         that of one participation, as the event counts the participations.
       error: root mean square error of the prefix sums at noise multiplier 1 and clip norm 1.
       independent: the same of independent noise, for the same participations.
-      cyclic: how many groups the units are divided into (:func:`groups`), step i sampling from group i mod ``cyclic``;
-        1: any sampling that keeps the promised participations.
+      cyclic: how many groups the units are divided into, each unit independently of all others (or adding one would
+        move them), step i sampling from group i mod ``cyclic``; 1: any sampling with the promised participations.
       init: ``init(template) -> state``: float32 leaves [bands - 1 or buffers, ...] for leaves [...]. Under ``vmap`` the
         state gets a leading client axis.
       mix: ``mix(normals, state) -> (noise, state)``: the next step of C^-1 z, in float32; pure, so it may be jitted,
@@ -208,22 +206,6 @@ def rmse(coefficients: np.ndarray, steps: int, min_separation: int = 1, max_part
         squares = toeplitz.per_query_error(strategy_coef=jnp.asarray(coefficients, jnp.float64), n=steps)
         error = float(np.sqrt(np.mean(np.asarray(squares))))
     return error * sensitivity(coefficients, steps, min_separation, max_participations)
-
-
-def groups(units: Sequence[str], count: int, key: Array) -> np.ndarray:
-    """int64 [U]: the group of each unit, for cyclic sampling.
-
-    Each depends on the key and on the unit's own id alone, so adding a unit moves no other, which the guarantee for
-    adding or removing one unit needs (groups of equal size would not do).
-
-    Args:
-      units: ids.
-      count: how many groups (``Correlation.cyclic``).
-      key: typed; of the run's noise, used for nothing else.
-    """
-    secret = np.asarray(jax.random.key_data(key), "<u4").tobytes()
-    digests = (hashlib.blake2b(unit.encode(), digest_size=8, key=secret).digest() for unit in units)
-    return np.array([int.from_bytes(digest, "little") % count for digest in digests], np.int64)
 
 
 def _check(steps: int, min_separation: int, max_participations: int) -> None:

@@ -31,7 +31,7 @@ class Regime(NamedTuple):
       local_steps: a round.
       local_epochs: passes over shuffled data a round instead of steps, or ``None``.
       normalise: ``example`` or ``token``.
-      optimizer: the clients' optimiser by name, its learning rate, and whether its schedules are constant.
+      optimizer: the clients' optimiser by name and options, its learning rate, and whether its schedules are constant.
       learning_rate: see ``optimizer``.
       constant_rate: see ``optimizer``.
       proximal: FedProx's mu.

@@ -21,31 +21,33 @@ def base(tmp_path_factory):
     return load(str(tiny_folder(tmp_path_factory.mktemp("model"), num_hidden_layers=1)))
 
 
-def after_a_round(base, mechanism):
-    plan, state = dense_plan(base, LORA, **SHAPES, mechanism=mechanism)
-    ended, report = run_round(plan, base.params, state)
-    return jax.tree.leaves(ended.adapters), report
+@pytest.fixture(scope="module")
+def rounds(base):
+    """Adapters after a round, and its report: without privacy, with a mechanism that changes nothing, and with one."""
+
+    def after(mechanism):
+        plan, state = dense_plan(base, LORA, **SHAPES, mechanism=mechanism)
+        ended, report = run_round(plan, base.params, state)
+        return jax.tree.leaves(ended.adapters), report
+
+    return {
+        "plain": after(None),
+        "harmless": after(DpSgd(clip_norm=1e4, noise_multiplier=1e-20)),
+        "private": after(DpSgd(clip_norm=1.0, noise_multiplier=1.0)),
+    }
 
 
-def test_a_round_has_the_tokens_that_were_asked_for_and_no_padding(base):
-    report = after_a_round(base, None)[1]
+@pytest.mark.parametrize("kind", ["plain", "private"])
+def test_a_round_has_the_tokens_that_were_asked_for_and_no_padding(rounds, kind):
+    report = rounds[kind][1]
     assert (report.tokens, report.padded_tokens) == (TOKENS, TOKENS)
     assert [client.examples for client in report.clients] == [4, 4, 4]
 
 
-def test_a_private_round_does_the_same_work(base):
-    report = after_a_round(base, DpSgd(clip_norm=1.0, noise_multiplier=1.0))[1]
-    assert (report.tokens, report.padded_tokens) == (TOKENS, TOKENS)
-    assert [client.examples for client in report.clients] == [4, 4, 4]
-
-
-def test_without_noise_and_clipping_a_private_round_is_the_plain_one(base):
-    plain = after_a_round(base, None)[0]
-    harmless = after_a_round(base, DpSgd(clip_norm=1e4, noise_multiplier=1e-20))[0]
-    private = after_a_round(base, DpSgd(clip_norm=1.0, noise_multiplier=1.0))[0]
-    for one, other, noised in zip(plain, harmless, private, strict=True):
-        np.testing.assert_allclose(other, one, atol=1e-5)
-        assert np.abs(noised - one).max() > 1e-4
+def test_without_noise_and_clipping_a_private_round_is_the_plain_one(rounds):
+    for plain, harmless, private in zip(*(rounds[kind][0] for kind in ("plain", "harmless", "private")), strict=True):
+        np.testing.assert_allclose(harmless, plain, atol=1e-5)
+        assert np.abs(private - plain).max() > 1e-4
 
 
 def test_operations_of_a_training_step(base):
