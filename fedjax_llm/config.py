@@ -51,6 +51,7 @@ class Data:
       source: a dataclass with ``.load() -> Dataset`` (``data/hpo.py``, ``site_files.py``, ``hub.py``, or your own).
       partition: deals the records out to simulated sites (``data/partition.py``); ``None``: the source's own sites.
       fractions: of the records (of their owners) that are held out.
+      test_every_site: refuse a site without a test record; otherwise it is left out of the evaluation.
       max_length: tokens of an example at most.
       too_long: whether longer examples lose the end of their answer or are left out. They are counted.
       system: a system message for examples without one; ``None``: the chat template's own default.
@@ -59,6 +60,7 @@ class Data:
     source: Any = HpoFlashcards()
     partition: Any = None
     fractions: Fractions = Fractions()
+    test_every_site: bool = True
     max_length: int = 128
     too_long: Literal["truncate", "drop"] = "truncate"
     system: str | None = None

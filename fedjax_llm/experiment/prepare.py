@@ -229,10 +229,14 @@ def split_sites(experiment: Experiment, dataset: Dataset) -> tuple[SplitSite, ..
     """Training, validation and test records by a hash of their owner. Which records are held out depends on no seed.
 
     Raises:
-      UserError: a site has no training or no test record.
+      UserError: a site has no training record, or no test record where every site must have one, or none has any.
     """
-    require = ("train", "test") if experiment.data.fractions.test else ("train",)
-    return tuple(split_site(site, experiment.data.fractions, 0, require) for site in dataset.sites)
+    data = experiment.data
+    require = ("train", "test") if data.fractions.test and data.test_every_site else ("train",)
+    sites = tuple(split_site(site, data.fractions, 0, require) for site in dataset.sites)
+    if data.fractions.test and not any(site.test for site in sites):
+        raise UserError(f"not one site has a test record; data.fractions.test is {data.fractions.test}, raise it")
+    return sites
 
 
 def _encode(
