@@ -112,7 +112,6 @@ def charge(account: Account, plan: RoundPlan, state: RoundState) -> Charge:
     computation = hashlib.sha256(f"{account.computation} {_digest(state)}".encode()).hexdigest()
     repeatable = account.experiment.privacy.randomness == "reproducible" and jax.default_backend() == "cpu"
     contents = account.ledger.contents
-    before = ledger.charged(contents)
     repeated = repeatable and ledger.repeats(contents, number, computation, events)
     if account.mechanism.correlated is not None and not repeated and any(e.round >= number for e in contents.entries):
         raise UserError(
@@ -120,7 +119,10 @@ def charge(account: Account, plan: RoundPlan, state: RoundState) -> Charge:
             "noise (randomness is secret, or the layout, the versions or the processor have changed): the noise of all "
             "rounds is one release, which does not allow that. Resume as the run was started, or start a new run"
         )
-    after = before if repeated else _with(before, events)
+    if repeated:  # as it was when this round was charged: later rounds, charged before the kill, will be repeated too
+        after = dict(ledger.spent_by_round(contents))[number]
+    else:
+        after = _with(ledger.charged(contents), events)
     spent = spent_of(account, after)
     budget = account.experiment.privacy.budget
     if budget is not None and spent["max"] > budget * (1 + 1e-9):  # of the target that noise was calibrated to
