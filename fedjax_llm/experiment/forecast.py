@@ -15,7 +15,7 @@ from fedjax_llm.experiment.prepare import load_dataset, split_sites
 from fedjax_llm.experiment.protection import population_of, protection
 from fedjax_llm.privacy import accounting, guarantee, statement
 from fedjax_llm.privacy.events import Event
-from fedjax_llm.privacy.mechanism import EVERY_SITE, Mechanism, Population
+from fedjax_llm.privacy.mechanism import EVERY_SITE, Mechanism, Population, adjacency
 from fedjax_llm.privacy.participation import accounts
 from fedjax_llm.runs.progress import RunProgress, privacy_table, settings_table
 from fedjax_llm.runs.recount import in_words
@@ -222,6 +222,7 @@ def _stop(experiment: Experiment, epsilons: Mapping[str, float]) -> str | None:
     if budget is None or needed <= budget:
         return None
     return (
-        f"all {experiment.federation.rounds:,} rounds would spend {bound(needed)}, more than the budget of {budget:g}: "
-        "the run will end before that"
+        f"all {experiment.federation.rounds:,} rounds would spend epsilon <= {bound(needed)} at delta "
+        f"{experiment.privacy.delta:g} ({adjacency(experiment.privacy.unit)}), more than the budget of {budget:g}: the "
+        "run will end before that"
     )
