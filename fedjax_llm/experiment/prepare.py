@@ -67,14 +67,18 @@ class Prepared:
 
 
 def prepare(experiment: Experiment, progress: RunProgress) -> Prepared:
-    """Loads the model and the text, and lays out the rounds.
+    """Loads the text and the model, and lays out the rounds.
 
     Raises:
       UserError: whatever cannot work is found here, before any training.
     """
-    # What is wrong with these is told before the downloads.
+    # What is wrong with these is told before the downloads, and whom nothing can protect before the model is loaded.
     experiment.training.optimizer.make()
     experiment.aggregation.make()
+    with progress.phase("Reading the text"):
+        dataset = load_dataset(experiment)
+    sites = split_sites(experiment, dataset)
+    protected = _protection(experiment, sites, progress)
     with progress.phase(f"Loading the model {experiment.model.name}"):
         base = load(experiment.model.name, experiment.model.dtype)
         base = replace(base, model=replace(base.model, remat=experiment.execution.remat))
@@ -87,10 +91,6 @@ def prepare(experiment: Experiment, progress: RunProgress) -> Prepared:
     init_key, run_key = jax.random.split(key)
     lora, whole = _adapters(experiment, base, init_key)
     adapters, frozen = low_rank.split(whole, lora.train)
-    with progress.phase("Reading the text"):
-        dataset = load_dataset(experiment)
-    sites = split_sites(experiment, dataset)
-    protected = _protection(experiment, sites, progress)
     train, lengths = _encode(experiment, base, sites, progress)
     held_out = hold_out(
         experiment.evaluation,
@@ -116,7 +116,7 @@ def _protection(
     experiment: Experiment, sites: tuple[SplitSite, ...], progress: RunProgress
 ) -> tuple[Mechanism, Population] | None:
     """The privacy mechanism with its noise, and whom it protects."""
-    if experiment.privacy.mechanism is None:
+    if experiment.privacy.mechanism is None or experiment.setting == "base":
         return None
     with progress.phase("Calibrating noise", len(sites), "sites") as advance:
         done = 0
