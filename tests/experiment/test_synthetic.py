@@ -33,7 +33,7 @@ def rounds(base):
     return {
         "plain": after(None),
         "harmless": after(DpSgd(clip_norm=1e4, noise_multiplier=1e-20)),
-        "private": after(DpSgd(clip_norm=1.0, noise_multiplier=1.0)),
+        "private": after(DpSgd(clip_norm=1e4, noise_multiplier=1.0)),
     }
 
 
