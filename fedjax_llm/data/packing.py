@@ -34,7 +34,8 @@ class Microbatch:
       client: int32 [M], the slot of the row's client; padding rows have slot 0 and no targets.
       step: int32 [M], the row's local step.
       index: int32 [M], the row's place in its step's batch.
-      unit: int32 [M], the number within the microbatch of the privacy unit that the row belongs to.
+      unit: int32 [M], the number within the microbatch of the privacy unit that the row belongs to; padding rows have
+        the number M - 1, which no unit has where there is padding.
       examples: what each of the first rows holds; the rest are padding.
       target_row: int32 [K], the row of a target slot.
       target_position: int32 [K], the position whose hidden state predicts it.
@@ -235,7 +236,8 @@ def _assemble(
 ) -> Microbatch:
     """Lays rows out as arrays."""
     tokens = np.zeros((shape.rows, shape.length), np.int32)
-    client, step, index, unit = (np.zeros(shape.rows, np.int32) for _ in range(4))
+    client, step, index = (np.zeros(shape.rows, np.int32) for _ in range(3))
+    unit = np.full(shape.rows, shape.rows - 1, np.int32)
     target_row, position, token = (np.zeros(shape.targets, np.int32) for _ in range(3))
     weight = np.zeros(shape.targets, np.float32)
     rows = [(number, group, place) for number, group in enumerate(groups) for place in range(len(group.examples))]

@@ -38,9 +38,10 @@ def clients_of(
       unit: of privacy, ``None`` without.
 
     Raises:
-      UserError: two sites have one name, a name cannot name a folder, or a site has no training example.
+      UserError: two sites have one name, or one number; a name cannot name a folder, or a site has no training example.
     """
     names = [name for name, _ in sites]
+    owners: dict[int, str] = {}
     for name, examples in sites:
         if not examples:
             raise UserError(
@@ -51,6 +52,12 @@ def clients_of(
             raise UserError(f"a site is called {name!r}; names must not be empty, nor hold slashes or line breaks")
         if names.count(name) > 1:
             raise UserError(f"two sites are called {name!r}; site names must be unique")
+        other = owners.setdefault(client_id(name), name)
+        if other != name:
+            raise UserError(
+                f"the sites {other!r} and {name!r} have names with the same hash, and would draw the same random "
+                "numbers; rename one of them"
+            )
     if setting == "centralised":
         sites = [("all", tuple(example for _, examples in sites for example in examples))]
     return tuple(

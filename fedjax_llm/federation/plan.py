@@ -22,6 +22,7 @@ class Federation:
       rounds: how many.
       cohort: sites that take part in a round; ``None``: all.
       weighting: whether a client's update weighs as many training ``examples`` as its site holds, or all weigh alike.
+        Where examples are hidden in privacy units, as many as its site holds of those.
     """
 
     rounds: int = 10

@@ -142,7 +142,10 @@ def _run_chunk(
     clients, slots, mechanism = [plan.clients[i] for i in members], len(index), plan.mechanism
     work = [_work(plan, int(i), *moment) for i in members]
     ids = jnp.array([client.id for client in clients] + [0] * (slots - len(clients)))
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(round_key(plan.key, moment[0], "dropout"), ids)
+    dropout = round_key(plan.key, moment[0], "dropout")
+    if mechanism is not None:
+        dropout = secret_round_key(_secret(plan), *moment, "dropout")
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(dropout, ids)
     anchor = trees.take(state.adapters, index) if plan.setting == "local" else trees.repeat(state.adapters, slots)
     kept = {name: trees.take(tree, index) for name, tree in state.client_state.items()}
     public = None
@@ -219,7 +222,10 @@ def _weights(plan: RoundPlan, clients: Sequence[Client], slots: int) -> np.ndarr
         if mechanism is not None and mechanism.noised == "sum":
             weights[c] = 1.0 if mechanism.site_weights is None else mechanism.site_weights(len(client.examples))
         else:
-            weights[c] = len(client.examples) if plan.federation.weighting == "examples" else 1.0
+            # What is public of a private site's size is its number of units.
+            bounded = mechanism is not None and mechanism.clipped == "gradients"
+            held = client.units if bounded else client.examples
+            weights[c] = len(held) if plan.federation.weighting == "examples" else 1.0
     return weights
 
 

@@ -21,14 +21,15 @@ def round_key(key: Array, round_number: int, purpose: str) -> Array:
     return keys[_PURPOSES.index(purpose)]
 
 
-_SECRETS = ("cohort", "units", "site noise", "sum noise", "count noise")
+_SECRETS = ("cohort", "units", "site noise", "sum noise", "count noise", "dropout")
 
 
 def secret_round_key(key: Array, round_number: int, attempt: int, purpose: str) -> Array:
     """The key of one secret purpose in one attempt at a round.
 
-    Who is sampled (``cohort``, ``units``) and the noise (``site noise``, ``sum noise``, ``count noise``) depend on the
-    attempt, so that a round that is released again is a release of its own.
+    Who is sampled (``cohort``, ``units``), the noise (``site noise``, ``sum noise``, ``count noise``) and ``dropout``
+    depend on the attempt, so that a round that is released again is a release of its own. Dropout is secret because
+    masks go by the place in a batch: one more unit shifts those of the others, which must not be recognisable.
     """
     keys = jax.random.split(noise.round_noise_key(key, round_number, attempt), len(_SECRETS))
     return keys[_SECRETS.index(purpose)]
