@@ -139,6 +139,65 @@ def test_an_example_without_targets_is_packed_and_counted(per_token):
     assert batch.target_weight.sum() == (2.0 if per_token else 1.0)
 
 
+units = st.lists(examples(), min_size=1, max_size=3).map(tuple)
+private_works = st.lists(st.lists(st.lists(units, max_size=4), max_size=3), min_size=1, max_size=4)
+
+
+@settings(max_examples=60)
+@given(work=private_works, tokens=st.integers(20, 200), buckets=st.integers(1, 3))
+def test_units_stay_together_and_denominators_are_the_public_ones(work, tokens, buckets):
+    """Whatever was sampled, down to nothing: every step is finished, in order, with its client's own constant."""
+    every = [one for unit in flat(work) for one in unit] or [EncodedExample("r", np.ones(2, np.int32), 1)]
+    shapes = choose_shapes(every, tokens_per_microbatch=tokens, buckets=buckets, rows_of_unit=3)
+    public = [1.5 + c for c in range(len(work))]
+    seen, finished = [], []
+    for batch in pack(work, shapes, clients=len(work), denominators=public):
+        real = len(batch.examples)
+        assert 1 <= real <= len(batch.unit)
+        for number in sorted(set(batch.unit[:real].tolist())):
+            mine = np.flatnonzero(batch.unit[:real] == number)
+            seen.append(check_unit(batch, mine, work))
+        assert set(batch.unit[real:].tolist()) <= {len(batch.unit) - 1} - set(batch.unit[:real].tolist())
+        for client in np.flatnonzero(batch.finished):
+            finished.append((client, int(batch.finished_step[client])))
+            assert batch.denominator[client] == np.float32(public[client])
+    expected = [
+        (c, s, u) for c, steps in enumerate(work) for s, step in enumerate(steps) for u in range(len(step) or 1)
+    ]
+    assert sorted(seen) == expected
+    assert sorted(finished) == [(c, s) for c, steps in enumerate(work) for s in range(len(steps))]
+    assert [one for one in finished if one[0] == 0] == [(0, step) for step in range(len(work[0]))]
+
+
+def check_unit(batch, rows, work):
+    """The rows [R] of a unit against the unit: gives its (client, step, place)."""
+    client, step = int(batch.client[rows[0]]), int(batch.step[rows[0]])
+    group = work[client][step]
+    if not group:  # one row without a target stands for nothing
+        assert len(rows) == 1
+        assert not batch.target_weight[batch.target_row == rows[0]].any()
+        return client, step, 0
+    first = [sum(map(len, group[:place])) for place in range(len(group))]
+    place = first.index(batch.index[rows[0]])
+    assert len(rows) == len(group[place])
+    for m, example, index in zip(rows, group[place], range(first[place], 99), strict=False):
+        assert batch.examples[m] is example
+        assert (batch.client[m], batch.step[m], batch.index[m]) == (client, step, index)
+        weights = batch.target_weight[(batch.target_row == m) & (batch.target_weight > 0)]
+        assert len(weights) == target_count(example)
+        np.testing.assert_allclose(weights, 1 / (target_count(example) * len(rows)), rtol=1e-6)
+    return client, step, place
+
+
+def test_a_unit_of_more_rows_than_memory_allows_gets_a_shape_that_holds_it():
+    rng = np.random.default_rng(1)
+    unit = tuple(random_example(rng, 60, 64) for _ in range(5))
+    shapes = choose_shapes(unit, tokens_per_microbatch=64, buckets=2, rows_of_unit=5)
+    (batch,) = pack([[[unit]]], shapes, clients=1)
+    assert set(batch.unit[:5].tolist()) == {0}
+    assert batch.denominator.tolist() == [1.0]  # a unit weighs as much as one example
+
+
 def test_packing_is_a_function_of_the_work():
     rng = np.random.default_rng(0)
     work = [[[random_example(rng) for _ in range(3)] for _ in range(2)] for _ in range(5)]
