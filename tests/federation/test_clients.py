@@ -24,6 +24,13 @@ def test_one_client_holds_everything_in_the_order_of_the_sites():
     assert all(one is other for one, other in zip(client.examples, pooled, strict=True))
 
 
+def test_names_with_one_hash_are_refused_since_their_noise_would_be_the_same():
+    pair = ("Luke Oak County John Mary", "Clinic Park Luke Saint South")
+    assert client_id(pair[0]) == client_id(pair[1])
+    with pytest.raises(UserError, match=f"'{pair[0]}' and '{pair[1]}' have names with the same hash.*rename one"):
+        clients_of("federated", [(name, (toy_example(0, 6, 2),)) for name in pair])
+
+
 @pytest.mark.parametrize("setting", ["federated", "local", "centralised"])
 def test_an_empty_site_and_a_name_used_twice_are_refused(setting):
     example = toy_example(0, 6, 2)
