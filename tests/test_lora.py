@@ -120,6 +120,35 @@ def test_a_modules_start_depends_on_the_key_and_its_path_alone(model):
     assert len({start.tobytes() for start in starts}) == 6
 
 
+# Which factors are trained.
+
+
+def test_both_factors_are_trained_unless_one_is_frozen(model):
+    adapters = tiny_adapters(model)
+    trained, frozen = lora_module.split(adapters, "both")
+    assert same(trained, adapters)
+    assert frozen == {}
+    assert same(lora_module.join(trained, frozen), adapters)
+
+
+def test_with_a_frozen_what_is_trained_is_b_alone_and_join_brings_both_back(model):
+    adapters = tiny_adapters(model)
+    trained, frozen = lora_module.split(adapters, "b")
+    assert {name for factors in trained.values() for name in factors} == {"b"}
+    assert {name for factors in frozen.values() for name in factors} == {"a"}
+    assert same(lora_module.join(trained, frozen), adapters)
+    assert size(trained) + size(frozen) == size(adapters)
+
+
+def test_every_clients_b_goes_with_the_one_a(model):
+    clients = tiny_adapters(model, leading=(2,))
+    trained, _ = lora_module.split(clients, "b")
+    _, frozen = lora_module.split(tiny_adapters(model), "b")
+    for path, factors in lora_module.join(trained, frozen).items():
+        np.testing.assert_array_equal(factors["b"], clients[path]["b"])
+        np.testing.assert_array_equal(factors["a"], frozen[path]["a"])
+
+
 # Scaling and merging.
 
 
