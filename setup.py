@@ -26,6 +26,7 @@ RUNTIME = [
     "gguf>=0.17",
     "huggingface_hub>=1.0",
     "jax>=0.10.2",
+    "jax_privacy>=2.0",
     "jinja2>=3.1",
     "markupsafe>=2.1",
     "matplotlib>=3.9",
