@@ -5,11 +5,11 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib
 import numpy as np
 
 from fedjax_llm.config import MAY_CHANGE, Experiment, to_json
@@ -149,7 +149,7 @@ def _with(charged: Mapping[str, tuple[Event, ...]], events: Mapping[str, Event])
 
 def _computation(experiment: Experiment, fingerprint: str) -> str:
     """A hash of what decides the bits of a round: configuration with its layout, data, versions, processor."""
-    facts = [to_json(experiment), fingerprint, jax.__version__, jaxlib.__version__, np.__version__]
+    facts = [to_json(experiment), fingerprint, *(version(name) for name in ("jax", "jaxlib", "numpy"))]
     facts += [jax.default_backend(), jax.device_count(), os.cpu_count(), os.environ.get("XLA_FLAGS", "")]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
