@@ -228,9 +228,9 @@ def test_a_site_that_is_not_finite_sends_nothing_and_weighs_what_it_weighed(name
 
 def test_a_site_that_is_not_finite_spoils_no_unit_of_another():
     """Padding rows carry some site's adapters; as part of a unit they would let one site decide about another."""
-    loud = (toy_example(102, 6, 4),)
-    case = CASES["DpSgd, patient"]
-    plan = noiseless(case, [[loud]] * SITES, "together")
+    # The longer rows come first, so the microbatch's first unit is another site's.
+    held = [[(toy_example(102, 6, 4),)], *[[(toy_example(1, 9, 2),)]] * (SITES - 1)]
+    plan = noiseless(CASES["DpSgd, patient"], held, "together")
     plan = silent(plan._replace(setting="local"))
     state = initial_state(plan, toy_base().adapters)
     broken = replace(state, adapters=jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan), state.adapters))
