@@ -58,7 +58,7 @@ CASES = {
     "DpFedSgd, patient": Case(DpFedSgd(CLIP, **ALL, examples_per_unit=ROWS), "patient", ONE, Sum),
     "DpFedAvg": Case(DpFedAvg(0.3, 0.7), "site", TWO, Sum),
     "DpFedAvg, capped": Case(
-        DpFedAvg(0.3, 0.7, scope="layers", examples_cap=3), "site", TWO, Sum, ("in pairs",), {"weighting": "examples"}
+        DpFedAvg(0.3, 0.7, examples_cap=1), "site", TWO, Sum, ("in pairs",), {"weighting": "examples"}
     ),
     "LocalDp": Case(LocalDp(0.3, 0.7), "site", TWO, Stack),
 }
@@ -173,7 +173,14 @@ def test_one_unit_moves_a_release_by_at_most_the_declared_sensitivity(name, layo
 
 @pytest.mark.parametrize(
     ("name", "share"),
-    [("DpSgd, record", 1), ("DpSgd, patient", 1), ("DpFedSgd, patient", 1), ("DpFedAvg", 1), ("LocalDp", 0.5)],
+    [
+        ("DpSgd, record", 1),
+        ("DpSgd, patient", 1),
+        ("DpFedSgd, patient", 1),
+        ("DpFedAvg", 1),
+        ("DpFedAvg, capped", 1),
+        ("LocalDp", 0.5),
+    ],
 )
 def test_the_bound_is_reached(name, share):
     """Else the property would hold of any bound that is large enough, or of releases that hold nothing."""
