@@ -6,7 +6,7 @@
 
 One flashcard record more or less (epsilon 8, delta 1e-5) is hidden from everyone who sees the noised sums: the other
 clinics, and whoever gets the adapters. In each of 16 rounds every clinic draws each of its records with probability
-0.013, sends the sum of their clipped gradients, and noise is added once to the sum over the clinics.
+0.016, sends the sum of their clipped gradients, and noise is added once to the sum over the clinics.
 """
 
 from fedjax_llm.aggregation.fedavg import FedAvg
@@ -32,7 +32,7 @@ def get_config() -> Experiment:
         federation=Federation(rounds=16, weighting="uniform"),
         aggregation=FedAvg(server_lr=100.0),
         privacy=Privacy(
-            mechanism=DpFedSgd(clip_norm=0.15, sampling_probability=0.013),
+            mechanism=DpFedSgd(clip_norm=0.15, sampling_probability=0.016),
             unit="record",
             target_epsilon=8.0,
             delta=1e-5,
