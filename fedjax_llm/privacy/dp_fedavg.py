@@ -186,7 +186,7 @@ def _weight(examples: int, cap: int) -> float:
 
 def _assumptions(secret: bool) -> tuple[str, ...]:
     """What the guarantee rests on."""
-    cohort = "who takes part in which round stays secret (the run's own files and its ledger tell it to the server)"
+    cohort = "who takes part in which round stays secret (the run's own files tell it to the server)"
     return (
         "updates are added up, and noise is drawn, before anybody looks: by a server that is trusted with them, or "
         "under secure aggregation",

@@ -387,7 +387,7 @@ def _write_line(ledger: Ledger, line: bytes) -> int:
 
 def _cannot_write(path: Path, error: OSError) -> UserError:
     """The message for a failed write."""
-    return UserError(f"cannot write {path}: {error.strerror or error}. Nothing was released; mend it, then --resume")
+    return UserError(f"cannot write {path}: {error.strerror or error}. The round did not run; mend it, then --resume")
 
 
 def _sync_folder(folder: Path) -> None:

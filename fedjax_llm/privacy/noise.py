@@ -2,10 +2,10 @@
 
 A key is used once: it is folded on or drawn with, never both, and no two draws of a run share one. Its path is
 
-    run -> round -> attempt -> site -> step -> leaf
+    run -> round -> attempt -> purpose -> site -> step -> leaf
 
-where ``attempt`` counts how often a round was begun: a round that is run again after a kill may meet other data, and
-noise drawn twice cancels in the difference of the two releases.
+where ``attempt`` counts how often a round was released with other noise before: a round that is run again after a kill
+may meet other data, and noise drawn twice cancels in the difference of the two releases.
 
 The generator is JAX's threefry with 64 bits of key, and normals are float32 by the inverse error function (none lies
 beyond about 5.4 standard deviations). That is fit for research; production needs a cryptographic generator and
