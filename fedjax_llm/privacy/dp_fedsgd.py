@@ -28,8 +28,8 @@ class DpFedSgd:
       sampling_probability: with which a unit takes part in a round of its site; ``None``: at each site what makes
         ``training.batch_size`` units on average (all of them where the site has fewer).
       examples_per_unit: at most so many examples of a sampled unit make up its gradient.
-      noise: how noise is correlated over the rounds (``privacy/correlated.py``); ``None``: independent. With it the noise
-        multiplier is that of the independent noise before it is mixed, over C times the correlation's sensitivity.
+      noise: how noise is correlated over the rounds (``privacy/correlated.py``); ``None``: independent. With it, the
+        noise multiplier is that of the independent noise before it is mixed, over C times the correlation's sensitivity.
     """
 
     clip_norm: float = 1.0

@@ -11,8 +11,8 @@ from fedjax_llm.privacy.mechanism import EVERY_SITE, Mechanism, Population, adja
 from fedjax_llm.types import Unit
 
 NOT_COVERED = (
-    "losses, update norms, cohorts, and counts of sampled examples and tokens by site and round, in the run's own files "
-    "and report: computed without noise, for those who may see the data",
+    "losses, update norms, cohorts, and counts of sampled examples and tokens by site and round, in the run's own "
+    "files and report: computed without noise, for those who may see the data",
     "the run's checkpoints: with correlated noise they hold what subtracts it, and optimisers of sites may be in them",
     "hyper-parameters chosen by comparing runs on the same data; other runs on it, whose epsilons add up",
     "how many units each site holds: taken to be public",
