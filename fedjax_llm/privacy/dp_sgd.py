@@ -34,7 +34,7 @@ class DpSgd:
         ``training.batch_size`` units a step on average (all of them where the site has fewer).
       examples_per_unit: at most so many examples of a sampled unit make up its gradient.
       noise: how noise is correlated over the steps (``privacy/correlated.py``); ``None``: independent. With it, the
-        noise multiplier is that of the independent noise before it is mixed, over C times the correlation's sensitivity.
+        noise multiplier is that of the independent noise before it is mixed, over C times its sensitivity.
     """
 
     clip_norm: float = 1.0
