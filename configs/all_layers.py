@@ -3,7 +3,8 @@
     python -m experiments.run --config=configs/all_layers.py
     python -m experiments.run --config=configs/all_layers.py --setting=centralised
 
-Four of the eight clinics take part in each round. About five minutes on two cores. ``configs/quickstart.py`` is private.
+Four of the eight clinics take part in each round. About five minutes on two cores. ``configs/quickstart.py`` is the
+private run.
 """
 
 from fedjax_llm.config import Data, Experiment

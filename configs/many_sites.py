@@ -2,10 +2,10 @@
 
     python -m experiments.run --config=configs/many_sites.py
 
-Whether a practice took part at all is what the guarantee hides: epsilon 8 at delta 1e-4. That is affordable because
-there are many: the noise that covers one update is added once to the sum over a cohort. The clip norm follows the median
-of the updates' norms, found privately. Adapters sit in the last two layers, so that the layers below are computed once an
-example. ``configs/many_sites_not_private.py`` is the same without privacy.
+Whether a practice took part at all is what the guarantee hides: epsilon 8 at delta 1e-4 for adding or removing all data
+of one site. That is affordable because there are many: the noise that covers one update is added once to the sum over a
+cohort. The clip norm follows the median of the updates' norms, found privately. Adapters sit in upper layers, so that
+the layers below are computed once an example. ``configs/many_sites_not_private.py`` is the same without privacy.
 """
 
 from fedjax_llm.aggregation.fedavg import FedAvg
@@ -42,6 +42,7 @@ def get_config() -> Experiment:
             unit="site",
             target_epsilon=8.0,
             delta=1e-4,
+            real_data=False,
         ),
         evaluation=Evaluation(test_records=1, choice_questions=0, generations=4, max_new_tokens=48),
         execution=Execution(tokens_per_microbatch=512, buckets=3, evaluation_buckets=2, clients_per_chunk=20),

@@ -1,6 +1,6 @@
 """``configs/many_sites.py`` without differential privacy, everything else equal: what privacy costs.
 
-    python -m experiments.run --config=configs/many_sites_not_private.py
+python -m experiments.run --config=configs/many_sites_not_private.py
 """
 
 import dataclasses

@@ -36,6 +36,7 @@ def get_config() -> Experiment:
             unit="record",
             target_epsilon=8.0,
             delta=1e-5,
+            real_data=False,
         ),
         evaluation=Evaluation(test_records=14, choice_questions=8, generations=4, max_new_tokens=48),
         execution=Execution(tokens_per_microbatch=384, buckets=3, evaluation_buckets=2),

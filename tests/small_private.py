@@ -18,19 +18,21 @@ from fedjax_llm.training.optimizers import Optimizer
 
 DELTA = 1e-3
 FIELDS: dict[str, dict[str, Any]] = {  # privacy comes last: it is compared with the rest at once
-    "DpSgd": {"privacy": Privacy(DpSgd(noise_multiplier=2.0), delta=DELTA)},
+    "DpSgd": {"privacy": Privacy(DpSgd(noise_multiplier=2.0), delta=DELTA, real_data=False)},
     "DpFedSgd": {
         "training__optimizer": Optimizer("sgd", 1.0),
         "training__local_steps": 1,
         "federation__weighting": "uniform",
         "aggregation": FedAdam(1e-2),
-        "privacy": Privacy(DpFedSgd(noise_multiplier=2.0), delta=DELTA),
+        "privacy": Privacy(DpFedSgd(noise_multiplier=2.0), delta=DELTA, real_data=False),
     },
     "DpFedAvg": {
         "federation__weighting": "uniform",
-        "privacy": Privacy(DpFedAvg(clip_norm=0.1, noise_multiplier=2.0), unit="site", delta=DELTA),
+        "privacy": Privacy(DpFedAvg(clip_norm=0.1, noise_multiplier=2.0), unit="site", delta=DELTA, real_data=False),
     },
-    "LocalDp": {"privacy": Privacy(LocalDp(clip_norm=0.1, noise_multiplier=4.0), unit="site", delta=DELTA)},
+    "LocalDp": {
+        "privacy": Privacy(LocalDp(clip_norm=0.1, noise_multiplier=4.0), unit="site", delta=DELTA, real_data=False)
+    },
 }
 """By the mechanism's name: what makes the miniature private."""
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+import fedjax_llm
 from fedjax_llm.config import MAY_CHANGE, Experiment, to_json
 from fedjax_llm.errors import UserError
 from fedjax_llm.experiment.prepare import Prepared
@@ -19,9 +21,10 @@ from fedjax_llm.federation.plan import RoundPlan
 from fedjax_llm.federation.rounds import cohort_of
 from fedjax_llm.privacy import guarantee, ledger
 from fedjax_llm.privacy.events import Event, merge
+from fedjax_llm.privacy.guarantee import Privacy
 from fedjax_llm.privacy.ledger import Ledger
 from fedjax_llm.privacy.mechanism import Mechanism, Population, adjacency, releases
-from fedjax_llm.privacy.statement import bound
+from fedjax_llm.privacy.statement import at_most
 from fedjax_llm.types import RoundState
 
 
@@ -87,7 +90,7 @@ def header_of(experiment: Experiment, mechanism: Mechanism, population: Populati
     return ledger.Header(
         unit=privacy.unit,
         adjacency=adjacency(privacy.unit),
-        mechanism=mechanism.name,
+        mechanism=mechanism.name + _correlation(mechanism),
         delta=privacy.delta,
         accountant=privacy.accountant,
         randomness=privacy.randomness,
@@ -95,6 +98,16 @@ def header_of(experiment: Experiment, mechanism: Mechanism, population: Populati
         shared=population.shared,
         config=ledger.config_hash(to_json(experiment), MAY_CHANGE),
     )
+
+
+def _correlation(mechanism: Mechanism) -> str:
+    """What pins correlated noise down for the whole run: all its rounds must be mixed by one matrix."""
+    correlated = mechanism.correlated
+    if correlated is None:
+        return ""
+    digest = hashlib.sha256(np.asarray(correlated.coefficients, np.float32).tobytes())
+    digest.update(f"{correlated.steps} {correlated.sensitivity!r} {correlated.cyclic}".encode())
+    return f" with correlated noise {digest.hexdigest()[:16]}"
 
 
 def charge(account: Account, plan: RoundPlan, state: RoundState) -> Charge:
@@ -124,14 +137,19 @@ def charge(account: Account, plan: RoundPlan, state: RoundState) -> Charge:
     else:
         after = _with(ledger.charged(contents), events)
     spent = spent_of(account, after)
-    budget = account.experiment.privacy.budget
-    if budget is not None and spent["max"] > budget * (1 + 1e-9):  # of the target that noise was calibrated to
+    privacy = account.experiment.privacy
+    if exceeds(privacy, spent["max"]):
         raise BudgetSpent(
-            f"round {number} would bring it to {bound(spent['max'])} at delta {spent['delta']:g} "
-            f"({adjacency(account.mechanism.unit)}), above the budget of {budget:g}: it does not run"
+            f"round {number} would bring it to {at_most(spent['max'])} at delta {spent['delta']:g} "
+            f"({adjacency(account.mechanism.unit)}), above the budget of {privacy.budget:g}: it does not run"
         )
     attempt = ledger.append(account.ledger, number, computation, events, repeatable)
     return Charge(attempt, spent)
+
+
+def exceeds(privacy: Privacy, epsilon: float) -> bool:
+    """Whether an epsilon is above the budget, by more than what rounding may add to noise that was calibrated to it."""
+    return privacy.budget is not None and epsilon > privacy.budget * (1 + 1e-9)
 
 
 def spent_of(account: Account, charged: Mapping[str, tuple[Event, ...]]) -> dict[str, Any]:
@@ -148,10 +166,28 @@ def _with(charged: Mapping[str, tuple[Event, ...]], events: Mapping[str, Event])
 
 
 def _computation(experiment: Experiment, fingerprint: str) -> str:
-    """A hash of what decides the bits of a round: configuration with its layout, data, versions, processor."""
-    facts = [to_json(experiment), fingerprint, *(version(name) for name in ("jax", "jaxlib", "numpy"))]
-    facts += [jax.default_backend(), jax.device_count(), os.cpu_count(), os.environ.get("XLA_FLAGS", "")]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    """A hash of what decides the bits of a round: configuration with its layout, data, code, settings, processor.
+
+    What does not decide them, but is in it, costs a second charge at worst.
+    """
+    libraries = {name: version(name) for name in ("jax", "jaxlib", "numpy", "optax", "flax", "jax_privacy")}
+    matters = ("threefry", "prng", "random", "x64", "precision", "numpy", "jit")
+    settings = {name: str(value) for name, value in jax.config.values.items() if any(word in name for word in matters)}
+    machine = [jax.default_backend(), jax.device_count(), _processor(), os.environ.get("XLA_FLAGS", "")]
+    facts = [to_json(experiment), fingerprint, libraries, settings, machine]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for source in sorted(Path(fedjax_llm.__file__).parent.rglob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()
+
+
+def _processor() -> list[Any]:
+    """The model and the instructions of the processor, as far as the system tells, and how many cores are ours."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text("utf-8", "replace").splitlines() if info.exists() else []
+    told = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return [platform.machine(), platform.processor(), told, cores]
 
 
 def _digest(state: RoundState) -> str:

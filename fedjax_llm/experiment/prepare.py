@@ -1,6 +1,7 @@
 """From an experiment to everything that its rounds need: model, adapters, tokens, plan."""
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from fedjax_llm import lora as low_rank
 from fedjax_llm import peft
 from fedjax_llm.aggregation.fedavg import FedAvg
-from fedjax_llm.config import Experiment
+from fedjax_llm.config import MAY_CHANGE, Experiment, to_json
 from fedjax_llm.data.chat import LengthReport, encode_records
 from fedjax_llm.data.packing import choose_shapes
 from fedjax_llm.data.partition import partitioned
@@ -26,6 +27,7 @@ from fedjax_llm.lora import Lora
 from fedjax_llm.models.causal_lm import CausalLM, lowest_adapted
 from fedjax_llm.models.loading import BaseModel, load
 from fedjax_llm.privacy import noise
+from fedjax_llm.privacy.ledger import config_hash
 from fedjax_llm.privacy.mechanism import Mechanism, Population
 from fedjax_llm.runs.progress import RunProgress
 from fedjax_llm.training.client_update import LocalTraining, Trainer
@@ -50,6 +52,7 @@ class Prepared:
       held_out: what is evaluated.
       plan: the rounds; ``None`` in the setting base.
       population: whom the privacy mechanism protects; ``None`` without differential privacy.
+      fingerprint: of the model and the text.
     """
 
     experiment: Experiment
@@ -64,6 +67,7 @@ class Prepared:
     held_out: HeldOut
     plan: RoundPlan | None
     population: Population | None = None
+    fingerprint: str = ""
 
 
 def prepare(experiment: Experiment, progress: RunProgress) -> Prepared:
@@ -104,11 +108,14 @@ def prepare(experiment: Experiment, progress: RunProgress) -> Prepared:
         buckets=experiment.execution.evaluation_buckets,
     )
     mechanism, population = protected or (None, None)
+    fingerprint = _fingerprint(base, dataset, train, held_out.test)
     plan = None
     if experiment.setting != "base":
         plan = _plan(experiment, base, lora, frozen, train, run_key, mechanism)
+        if mechanism is not None:
+            plan = plan._replace(secret_key=_secret_key(experiment, fingerprint))
         plan = plan._replace(trunk=_trunk(experiment, base, adapters, train, held_out))
-    parts = (dataset, sites, train, lengths, held_out, plan, population)
+    parts = (dataset, sites, train, lengths, held_out, plan, population, fingerprint)
     return Prepared(experiment, base, lora, adapters, frozen, *parts)
 
 
@@ -169,8 +176,30 @@ def _plan(
         key=key,
         frozen=frozen,
         mechanism=mechanism,
-        secret_key=None if mechanism is None else noise.run_key(privacy.randomness, experiment.seed),
     )
+
+
+def _secret_key(experiment: Experiment, fingerprint: str) -> jax.Array:
+    """The key of who is sampled and of the noise; runs that differ in anything but their layout share none."""
+    run = f"{config_hash(to_json(experiment), MAY_CHANGE)} {fingerprint}"
+    return noise.run_key(experiment.privacy.randomness, experiment.seed, run)
+
+
+def _fingerprint(
+    base: BaseModel,
+    dataset: Dataset,
+    train: tuple[tuple[str, tuple[EncodedExample, ...]], ...],
+    test: Mapping[str, tuple[EncodedExample, ...]],
+) -> str:
+    """Tells whether a checkpoint belongs to this model and this text."""
+    digest = hashlib.sha256(f"{base.fingerprint} {dataset.version}".encode())
+    for sites in (dict(train), test):
+        for name, examples in sites.items():
+            digest.update(f"{name} {len(examples)}".encode())
+            for example in examples:
+                owner = f"{example.record_id} {example.owner} {example.prompt_length} "
+                digest.update(owner.encode() + example.tokens.tobytes())
+    return digest.hexdigest()
 
 
 def _trunk(

@@ -1,6 +1,5 @@
 """A whole run: prepare, train, evaluate, report."""
 
-import hashlib
 import os
 import shlex
 import shutil
@@ -59,7 +58,7 @@ def run(experiment: Experiment, folder: Path, *, resume: bool, console: Console)
             ended = None
             if prepared.plan is not None:
                 validate = validation_of(prepared, prepared.plan)
-                loop = Loop(folder, resume, clock, validate, _fingerprint(prepared))
+                loop = Loop(folder, resume, clock, validate, prepared.fingerprint)
                 ended = run_rounds(prepared, prepared.plan, loop, progress)
             summary = finish(prepared, ended, folder, progress)
         except KeyboardInterrupt:
@@ -137,18 +136,6 @@ def show_plan(prepared: Prepared, progress: RunProgress, console: Console) -> No
         for name, count in length_counts(lengths).items():
             if count:
                 progress.say(f"{count:,} {part} examples are longer than {experiment.data.max_length} tokens: {name}.")
-
-
-def _fingerprint(prepared: Prepared) -> str:
-    """Tells whether a checkpoint belongs to this model and this text."""
-    digest = hashlib.sha256(f"{prepared.base.fingerprint} {prepared.dataset.version}".encode())
-    for sites in (dict(prepared.train), prepared.held_out.test):
-        for name, examples in sites.items():
-            digest.update(f"{name} {len(examples)}".encode())
-            for example in examples:
-                owner = f"{example.record_id} {example.owner} {example.prompt_length} "
-                digest.update(owner.encode() + example.tokens.tobytes())
-    return digest.hexdigest()
 
 
 def _resume_command() -> str:

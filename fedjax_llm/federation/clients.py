@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from fedjax_llm.data.records import EncodedExample, units_of
 from fedjax_llm.errors import UserError
 from fedjax_llm.federation.sampling import client_id
+from fedjax_llm.privacy.mechanism import EVERY_SITE
 from fedjax_llm.training.client_update import LocalTraining
 from fedjax_llm.types import Setting, Unit
 
@@ -50,6 +51,8 @@ def clients_of(
             )
         if name in (".", "..") or not name.strip() or set(name) & set("/\\\0\n"):
             raise UserError(f"a site is called {name!r}; names must not be empty, nor hold slashes or line breaks")
+        if name == EVERY_SITE:
+            raise UserError(f"a site is called {name!r}, which stands for all sites in a ledger; rename it")
         if names.count(name) > 1:
             raise UserError(f"two sites are called {name!r}; site names must be unique")
         other = owners.setdefault(client_id(name), name)

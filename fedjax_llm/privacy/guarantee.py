@@ -30,6 +30,7 @@ class Privacy:
       randomness: where noise and samples come from: ``reproducible``: the seed, which whoever knows it can subtract;
         ``secret``: the operating system.
       real_data: whether real people are in the data; with reproducible randomness the guarantee then carries a warning.
+        Say no for text that is public anyway.
     """
 
     mechanism: Any = None
@@ -39,7 +40,7 @@ class Privacy:
     delta: float = 1e-5
     accountant: Accountant = "pld"
     randomness: Randomness = "reproducible"
-    real_data: bool = False
+    real_data: bool = True
 
     def __post_init__(self) -> None:
         """Refuses impossible values."""

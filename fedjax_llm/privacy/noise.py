@@ -60,13 +60,15 @@ def gaussian(key: Array, template: PyTree, stddev: Array | float) -> PyTree:
     return jax.tree.unflatten(structure, drawn)
 
 
-def run_key(randomness: Randomness, seed: int) -> Array:
+def run_key(randomness: Randomness, seed: int, run: str = "") -> Array:
     """The key that all noise of a run comes from; all 64 bits of it are filled.
 
     Args:
       randomness: ``reproducible``: a hash of the seed under a name of its own, so it shares no bits with any other use
         of the seed; ``secret``: fresh from the operating system at each call, whatever the seed.
       seed: of the run. Who knows it knows the noise of a reproducible run.
+      run: what else tells one run from another, such as a hash of its configuration and its data: runs of one seed that
+        release other sums must not share their noise, which would cancel in the difference.
 
     Raises:
       UserError: for another ``randomness``.
@@ -74,7 +76,7 @@ def run_key(randomness: Randomness, seed: int) -> Array:
     if randomness == "secret":
         material = secrets.token_bytes(8)
     elif randomness == "reproducible":
-        material = hashlib.sha256(f"fedjax_llm privacy noise, seed {seed}".encode()).digest()[:8]
+        material = hashlib.sha256(f"fedjax_llm privacy noise, seed {seed} {run}".encode()).digest()[:8]
     else:
         raise UserError(f"randomness is {randomness!r}" + nearest(str(randomness), ("reproducible", "secret")))
     return jax.random.wrap_key_data(jnp.asarray(np.frombuffer(material, "<u4")), impl="threefry2x32")

@@ -1,6 +1,7 @@
 """Bad input, from the command line as the user sees it: one clear message, before any training, and nothing is lost."""
 
 import json
+import re
 import resource
 import shutil
 
@@ -292,7 +293,7 @@ def test_a_disk_that_fills_up_in_a_save(files, tmp_path, capsys):
             go(experiment, tmp_path / "run")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "cannot save checkpoint 1 in" in str(caught.value)
+    assert re.search("cannot save checkpoint [12] in", str(caught.value))  # a save is waited for by the next
     assert "free some space or make the folder writable, then continue with --resume" in str(caught.value)
     assert go(experiment, tmp_path / "run", resume=True)[0] == 0
     assert outcome(tmp_path / "run") == outcome(tmp_path / "unbroken")

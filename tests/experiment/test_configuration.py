@@ -16,7 +16,7 @@ from fedjax_llm.runs.directory import differences
 from fedjax_llm.training.optimizers import Optimizer
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = sorted((ROOT / "configs").glob("*.py"))
+SHIPPED = sorted((ROOT / "configs").rglob("*.py"))
 
 
 def written(folder, body, imports="from fedjax_llm.config import *"):
@@ -35,7 +35,7 @@ def test_every_shipped_configuration_is_whole(path, monkeypatch):
     assert hasattr(experiment.data.source, "load")
     text = ast.get_docstring(ast.parse(path.read_text()))
     assert text
-    assert f"python -m experiments.run --config=configs/{path.name}" in text
+    assert f"--config={path.relative_to(ROOT).as_posix()}" in text
 
 
 def test_there_are_shipped_configurations():

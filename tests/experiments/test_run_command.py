@@ -71,9 +71,9 @@ def test_help_shows_the_files_values(files, capsys):
 
 
 def test_a_configuration_that_is_not_there(capsys):
-    assert main(["--config", "configs/quickstrat.py"]) == 2
+    assert main(["--config", "configs/all_layer.py"]) == 2
     said = capsys.readouterr().err
-    assert said == "error: there is no configuration file configs/quickstrat.py; did you mean 'quickstart.py'?\n"
+    assert said == "error: there is no configuration file configs/all_layer.py; did you mean 'all_layers.py'?\n"
 
 
 def test_ctrl_c_before_anything_was_begun(files, capsys, monkeypatch):

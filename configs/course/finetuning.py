@@ -1,7 +1,7 @@
 """The classroom setting of federated fine-tuning: medical flashcards, 20 IID partitions, cosine over the rounds.
 
     pip install -e '.[hub]'
-    python -m experiments.run --config=configs/course.py
+    python -m experiments.run --config=configs/course/finetuning.py
 
 Wants the Hugging Face hub (model and text) and an accelerator.
 """
