@@ -4,26 +4,26 @@
     python -m experiments.privacy --config=configs/quickstart.py       # what it will guarantee
     python -m experiments.privacy runs/quickstart-federated            # what it has spent, from its ledger
 
-Adding or removing one flashcard record (epsilon 8 at delta 1e-5) is hidden from everyone who sees the noised sums: the
-other clinics, and whoever gets the adapters. In each of 16 rounds every clinic draws each of its records with
+Adding or removing one flashcard record (epsilon 8 at delta 1e-5) is hidden from everyone who sees the noised sums:
+the other clinics, and whoever gets the adapters. In each of 16 rounds every clinic draws each of its records with
 probability 0.016, sends the sum of their clipped gradients, and noise is added once to the sum over the clinics.
 ``configs/quickstart_not_private.py`` is the same without privacy.
 
-What was tried, and what it bought at the same epsilon, delta and unit (nats per answer token on validation records, 20 a
-clinic, one seed, about 640 sampled records in all; the base model has 3.65):
+What was tried, and what it bought at the same epsilon, delta and unit (nats per answer token on validation records, 20
+a clinic, one seed, about 640 sampled records in all; the base model has 3.65):
 
-    clip norm 1 -> 0.3 (gradients have 0.33 in the median)              3.39 -> 3.01   last 2 layers, v, o and down
-    layers: the last 2 (v, o, down) -> 4 (v, down) -> 8 (v alone)       3.01 -> 2.94 -> 2.82
-    few numbers: v alone, clip 0.15, for v and down in the last 4       2.94 -> 2.90   3,072 for 12,288
-    many: v, o, up and down in the last 4                               3.05           46,080
-    both factors trained at this rate                                   diverges (10.6): one factor it is
-    40% more records (896)                                              2.82 -> 2.80
-    10 rounds of 64 for 16 of 40 (last 4)                               2.92 -> 2.93
-    a step that decays linearly                                         2.82 -> 2.82; helps an unlucky seed (2.93 -> 2.83)
+    clip norm 1 -> 0.3 (the median gradient has 0.33)             3.39 -> 3.01   last 2 layers, v, o and down
+    layers: last 2 (v, o, down) -> 4 (v, down) -> 8 (v alone)     3.01 -> 2.94 -> 2.82
+    few numbers: v alone and clip 0.15 in the last 4              2.94 -> 2.90   3,072 numbers for 12,288
+    many numbers: v, o, up and down in the last 4                 3.05           46,080
+    both factors trained at this rate                             diverges (10.6): one factor it is
+    40% more records (896)                                        2.82 -> 2.80
+    10 rounds of 64 records for 16 of 40 (last 4)                 2.92 -> 2.93
+    a step that decays linearly                                   2.82 -> 2.82; an unlucky seed 2.93 -> 2.83
 
-Noise on the sum is what makes it possible at this size: added by each of the eight clinics, it would be sqrt(8) times as
-large. Layers below the adapters run forward only, once an example, and serve base and tuned model in the evaluation. The
-choices were made on these cards, which are public; on private ones that would have to be accounted for.
+Noise on the sum makes it possible at this size: added by each of the eight clinics it would be sqrt(8) times as large.
+Layers below the adapters run forward only, once an example, and serve base and tuned model in the evaluation. The choices
+were made on these cards, which are public; on private ones that would have to be accounted for.
 """
 
 from fedjax_llm.aggregation.fedavg import FedAvg
