@@ -25,7 +25,7 @@ from fedjax_llm.training.optimizers import Optimizer
 
 def get_config() -> Experiment:
     return Experiment(
-        lora=Lora(rank=4, alpha=8, targets=("v_proj", "o_proj", "down_proj"), layers=(-2, -1), train="b"),
+        lora=Lora(rank=4, alpha=8, targets=("v_proj",), layers=tuple(range(-8, 0)), train="b"),
         data=Data(
             source=HpoFlashcards(),
             partition=Iid(sites=300),
@@ -34,11 +34,11 @@ def get_config() -> Experiment:
             max_length=112,
             system="You are a medical dictionary.",
         ),
-        training=LocalTraining(batch_size=4, local_steps=2, optimizer=Optimizer("sgd", learning_rate=8.0)),
+        training=LocalTraining(batch_size=2, local_steps=2, optimizer=Optimizer("sgd", learning_rate=30.0)),
         federation=Federation(rounds=10, cohort=60, weighting="uniform"),
         aggregation=FedAvg(server_lr=1.0),
         privacy=Privacy(
-            mechanism=DpFedAvg(clip_norm=4.0, adaptive=AdaptiveClip(quantile=0.5, learning_rate=0.2, count_noise=3.0)),
+            mechanism=DpFedAvg(clip_norm=8.0, adaptive=AdaptiveClip(quantile=0.5, learning_rate=0.2, count_noise=3.0)),
             unit="site",
             target_epsilon=8.0,
             delta=1e-4,

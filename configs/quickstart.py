@@ -22,8 +22,8 @@ a clinic, one seed, about 640 sampled records in all; the base model has 3.65):
     a step that decays linearly                                   2.82 -> 2.82; an unlucky seed 2.93 -> 2.83
 
 Noise on the sum makes it possible at this size: added by each of the eight clinics it would be sqrt(8) times as large.
-Layers below the adapters run forward only, once an example, and serve base and tuned model in the evaluation. The choices
-were made on these cards, which are public; on private ones that would have to be accounted for.
+Layers below the adapters run forward only, once an example, and serve base and tuned model in the evaluation. The
+choices were made on these cards, which are public; on private ones that would have to be accounted for.
 """
 
 from fedjax_llm.aggregation.fedavg import FedAvg
