@@ -11,6 +11,7 @@ from rich.text import Text
 
 from fedjax_llm.config import Experiment
 from fedjax_llm.data.splits import SplitSite
+from fedjax_llm.experiment.charging import exceeds
 from fedjax_llm.experiment.prepare import load_dataset, split_sites
 from fedjax_llm.experiment.protection import population_of, protection
 from fedjax_llm.privacy import accounting, guarantee, statement
@@ -19,7 +20,6 @@ from fedjax_llm.privacy.mechanism import EVERY_SITE, Mechanism, Population, adja
 from fedjax_llm.privacy.participation import accounts
 from fedjax_llm.runs.progress import RunProgress, privacy_table, settings_table
 from fedjax_llm.runs.recount import in_words
-from fedjax_llm.runs.statement import bound
 
 NOISE_FACTORS = (0.5, 2**-0.5, 1.0, 2**0.5, 2.0)
 """Of the configuration's noise, in the table."""
@@ -209,7 +209,7 @@ def _grid_table(found: Forecast) -> Table:
         table.add_column(f"{count:,} round{'' if count == 1 else 's'}", justify="right")
     for factor, noise, row in zip(NOISE_FACTORS, grid.noise, grid.epsilon, strict=True):
         cells = [
-            Text(bound(epsilon), style="bold" if factor == 1 and count == own else "")
+            Text(statement.bound(epsilon), style="bold" if factor == 1 and count == own else "")
             for count, epsilon in zip(grid.rounds, row, strict=True)
         ]
         table.add_row(f"{noise:.4g}", *cells)
@@ -218,11 +218,11 @@ def _grid_table(found: Forecast) -> Table:
 
 def _stop(experiment: Experiment, epsilons: Mapping[str, float]) -> str | None:
     """What the budget will do, if it does not suffice for all rounds."""
-    budget, needed = experiment.privacy.budget, max(epsilons.values(), default=0.0)
-    if budget is None or needed <= budget:
+    needed = max(epsilons.values(), default=0.0)
+    if not exceeds(experiment.privacy, needed):
         return None
     return (
-        f"all {experiment.federation.rounds:,} rounds would spend epsilon <= {bound(needed)} at delta "
-        f"{experiment.privacy.delta:g} ({adjacency(experiment.privacy.unit)}), more than the budget of {budget:g}: the "
-        "run will end before that"
+        f"all {experiment.federation.rounds:,} rounds would spend {statement.at_most(needed)} at delta "
+        f"{experiment.privacy.delta:g} ({adjacency(experiment.privacy.unit)}), more than the budget of "
+        f"{experiment.privacy.budget:g}: the run will end before that"
     )

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from decimal import ROUND_CEILING, Context, Decimal
 from typing import Any
 
 from fedjax_llm.privacy import participation
@@ -22,6 +23,8 @@ _HELD_OUT = (
     "held-out figures and generations: computed from private records without noise; those records trained nothing"
 )
 _SELECTION = "the choice of the round by validation: it depends on private held-out records without noise"
+
+_UP = Context(prec=400, rounding=ROUND_CEILING)  # any finite float has fewer digits before the point
 
 _REPRODUCIBLE = (
     "real data with reproducible randomness: whoever knows the seed can subtract the noise, so this run protects "
@@ -48,13 +51,25 @@ def line(unit: Unit, delta: float, epsilons: Mapping[str, float], shared: int = 
       epsilons: by account.
       shared: how many of the accounts are of units that several sites hold.
     """
-    worst = bound(max(epsilons.values(), default=0.0))
-    return f"{worst} at delta {delta:g} for one {unit} ({adjacency(unit)}), {_scope(epsilons, shared)}"
+    worst = max(epsilons.values(), default=0.0)
+    return f"{at_most(worst)} at delta {delta:g} for one {unit} ({adjacency(unit)}), {_scope(epsilons, shared)}"
 
 
-def bound(epsilon: float) -> str:
-    """``epsilon <= 7.98``, never rounded down."""
-    return f"epsilon <= {math.ceil(epsilon * 100) / 100:.2f}" if math.isfinite(epsilon) else "no finite epsilon"
+def at_most(epsilon: float) -> str:
+    """``epsilon <= 7.98``, never rounded down; ``no finite epsilon`` for none."""
+    return f"epsilon <= {bound(epsilon)}" if math.isfinite(epsilon) else "no finite epsilon"
+
+
+def bound(epsilon: float | None) -> str:
+    """An epsilon with two decimals, rounded up because it is an upper bound; ``unbounded`` for none.
+
+    >>> bound(3.2101), bound(8.0), bound(321_456.0), bound(None)
+    ('3.22', '8.00', '321,456.00', 'unbounded')
+    """
+    if epsilon is None or not math.isfinite(epsilon):
+        return "unbounded"
+    # From the shortest decimal form: 1.1 as a binary fraction lies above 1.1.
+    return f"{Decimal(repr(float(epsilon))).quantize(Decimal('0.01'), context=_UP):,f}"
 
 
 def statement(

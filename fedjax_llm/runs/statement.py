@@ -10,23 +10,11 @@ assumptions, not_covered, randomness, warning, budget, target, accountant, stopp
 
 import math
 from collections.abc import Mapping, Sequence
-from decimal import ROUND_CEILING, Context, Decimal
 from typing import Any
 
-_UP = Context(prec=400, rounding=ROUND_CEILING)  # any finite float has fewer digits before the point
+from fedjax_llm.privacy.statement import bound
+
 _MEANINGLESS = 20.0  # an epsilon above it lets the odds change by a factor of more than 400 million
-
-
-def bound(epsilon: float | None) -> str:
-    """An epsilon with two decimals, rounded up because it is an upper bound; ``unbounded`` for none.
-
-    >>> bound(3.2101), bound(8.0), bound(321_456.0), bound(None)
-    ('3.22', '8.00', '321,456.00', 'unbounded')
-    """
-    if epsilon is None or not math.isfinite(epsilon):
-        return "unbounded"
-    # From the shortest decimal form: 1.1 as a binary fraction lies above 1.1.
-    return f"{Decimal(repr(float(epsilon))).quantize(Decimal('0.01'), context=_UP):,f}"
 
 
 def terms(privacy: Mapping[str, Any]) -> str:

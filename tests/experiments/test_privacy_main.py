@@ -12,7 +12,7 @@ from experiments.privacy import main
 from fedjax_llm import config
 from fedjax_llm.data.partition import Iid
 from fedjax_llm.data.site_files import SiteFiles
-from fedjax_llm.experiment import forecast
+from fedjax_llm.experiment import charging, forecast
 from fedjax_llm.privacy import accounting, ledger
 from fedjax_llm.privacy.events import Event
 from fedjax_llm.privacy.mechanism import EVERY_SITE
@@ -134,6 +134,17 @@ def test_overrides_are_those_of_a_run(file, capsys, small_grid):
 def test_a_budget_that_does_not_suffice_is_told(file, capsys, small_grid):
     assert main([f"--config={file}", "--privacy.budget-epsilon=0.5"]) == 0
     assert "more than the budget of 0.5: the run will end before that" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("part", "stops"), [(1.0, False), (1 - 5e-10, False), (1 - 2e-9, True)])
+def test_a_budget_is_exceeded_as_in_a_run(file, part, stops):
+    experiment = config.load(file)
+    sites = forecast.split_sites(experiment, forecast.load_dataset(experiment))
+    mechanism, population = forecast.protection(experiment, sites)
+    needed = forecast.promised(experiment, mechanism, population)["epsilon"]
+    tight = changed(experiment, privacy__budget_epsilon=needed * part)
+    assert (forecast.promised(tight, mechanism, population)["stopped"] is not None) == stops
+    assert charging.exceeds(tight.privacy, needed) == stops
 
 
 def test_a_configuration_without_privacy_says_so(file, tmp_path, capsys):

@@ -13,7 +13,7 @@ from fedjax_llm.privacy.events import Event
 from fedjax_llm.privacy.guarantee import Privacy, epsilons
 from fedjax_llm.privacy.mechanism import EVERY_SITE, Budget, Mechanism, Population, Regime
 from fedjax_llm.privacy.participation import accounts
-from fedjax_llm.privacy.statement import NOT_COVERED, bound, line, not_covered, statement, warning
+from fedjax_llm.privacy.statement import NOT_COVERED, at_most, bound, line, not_covered, statement, warning
 
 REGIME = Regime(
     setting="federated",
@@ -33,7 +33,7 @@ REGIME = Regime(
     server_view="Sum",
 )
 POPULATION = Population(("a", "b"), (64, 200), (3, 3), (1, 1), (("a", "b"),))
-PRIVACY = Privacy(DpSgd(0.5, 1.5, "layers"), "patient", budget_epsilon=9.0)
+PRIVACY = Privacy(DpSgd(0.5, 1.5, "layers"), "patient", budget_epsilon=9.0, real_data=False)
 
 
 def made(unit: str = "patient") -> Mechanism:
@@ -79,14 +79,33 @@ def test_a_line_names_the_only_account_or_how_many_there_are():
     assert line("record", 1e-6, {}).startswith("epsilon <= 0.00")
 
 
-@given(st.floats(0, 1e7))
+@given(st.floats(0, 1e6))
 def test_a_printed_epsilon_is_never_below_the_epsilon(epsilon: float):
-    printed = float(bound(epsilon).removeprefix("epsilon <= "))
-    assert epsilon <= printed < epsilon + 0.0101
+    printed = float(bound(epsilon).replace(",", ""))
+    assert epsilon <= printed <= epsilon + 0.0100001
+    assert at_most(epsilon) == f"epsilon <= {bound(epsilon)}"
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "text"),
+    [(3.21, "3.21"), (1.1, "1.10"), (7.9751, "7.98"), (0.0, "0.00"), (321_456.7, "321,456.70"), (8, "8.00")],
+)
+def test_what_has_two_decimals_stays_as_it_is(epsilon: float, text: str):
+    assert bound(epsilon) == text
+
+
+def test_the_largest_of_numbers_is_shown_too():
+    assert len(bound(1e308).replace(",", "")) == 309 + 3
+
+
+@pytest.mark.parametrize("epsilon", [None, math.inf, math.nan])
+def test_what_is_no_number_is_called_unbounded(epsilon: float | None):
+    assert bound(epsilon) == "unbounded"
 
 
 def test_an_infinite_epsilon_is_no_guarantee():
-    assert bound(math.inf) == "no finite epsilon"
+    assert at_most(math.inf) == "no finite epsilon"
+    assert line("record", 1e-6, {"a": math.inf}).startswith("no finite epsilon at delta 1e-06 for one record")
 
 
 def test_epsilons_add_up_for_those_at_several_sites():
@@ -105,7 +124,8 @@ def test_only_limits_that_apply_are_told(held_out: bool, selects_best: bool):
 
 
 def test_only_real_data_with_noise_that_can_be_drawn_again_is_warned_of():
-    assert warning(Privacy()) is None
+    assert warning(Privacy(real_data=False)) is None
+    assert warning(Privacy()) == warning(Privacy(real_data=True))
     assert warning(Privacy(real_data=True, randomness="secret")) is None
     warned = warning(Privacy(real_data=True))
     assert warned is not None
