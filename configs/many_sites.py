@@ -38,7 +38,7 @@ def get_config() -> Experiment:
         federation=Federation(rounds=10, cohort=60, weighting="uniform"),
         aggregation=FedAvg(server_lr=1.0),
         privacy=Privacy(
-            mechanism=DpFedAvg(clip_norm=8.0, adaptive=AdaptiveClip(quantile=0.5, learning_rate=0.2, count_noise=3.0)),
+            mechanism=DpFedAvg(clip_norm=8.0, adaptive=AdaptiveClip(quantile=0.5, learning_rate=0.2)),
             unit="site",
             target_epsilon=8.0,
             delta=1e-4,

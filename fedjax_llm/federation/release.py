@@ -160,6 +160,7 @@ def _noised_sum(mix, total: PyTree, key: Array, stddev: Array, state: PyTree) ->
 @partial(jax.jit, static_argnums=0)
 def _next_clip_norm(adaptive: AdaptiveClip, norm: Array, below_clip: Array, cohort: float, key: Array) -> Array:
     """Andrew et al. 2021, Algorithm 1: a geometric step towards the quantile, by a blurred count."""
+    assert adaptive.count_noise is not None  # DpFedAvg.make has filled it in
     blurred = below_clip + adaptive.count_noise * jax.random.normal(key, (), jnp.float32)
     share = blurred / cohort + 0.5
     return norm * jnp.exp(-adaptive.learning_rate * (share - adaptive.quantile))

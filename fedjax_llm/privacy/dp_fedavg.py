@@ -102,7 +102,10 @@ class DpFedAvg:
             (z,) = calibration.noise_multipliers(
                 [run], budget.epsilon, budget.delta, budget.accountant, budget.progress
             )
-        on_updates = z if self.adaptive is None else update_noise(z, self.adaptive, cohort)
+        on_updates, adaptive = z, self.adaptive
+        if adaptive is not None:
+            adaptive = replace(adaptive, count_noise=count_noise(adaptive, cohort))
+            on_updates = update_noise(z, adaptive, cohort)
         return Mechanism(
             name="DpFedAvg",
             unit=regime.unit,
@@ -117,11 +120,21 @@ class DpFedAvg:
             cohort_probability=None if self.noise is not None else probability,
             site_weights=None if self.examples_cap is None else partial(_weight, cap=self.examples_cap),
             correlated=correlation,
-            adaptive=self.adaptive,
+            adaptive=adaptive,
             events={EVERY_SITE: replace(run, noise_multiplier=float(z), count=1)},
             adversary="everyone who sees the noised sums alone: the sites, and whoever gets the adapters",
             assumptions=_assumptions(secret=probability < 1 and self.noise is None),
         )
+
+
+def count_noise(adaptive: AdaptiveClip, cohort: int) -> float:
+    """Standard deviation of the noise on the count of unclipped updates: as given, or a twentieth of the cohort.
+
+    Args:
+      adaptive: see :func:`update_noise`.
+      cohort: sites a round, on average.
+    """
+    return cohort * _COUNT_NOISE_SHARE if adaptive.count_noise is None else adaptive.count_noise
 
 
 def update_noise(noise_multiplier: float, adaptive: AdaptiveClip, cohort: int) -> float:
@@ -133,29 +146,30 @@ def update_noise(noise_multiplier: float, adaptive: AdaptiveClip, cohort: int) -
 
     Args:
       noise_multiplier: z, of both releases together.
-      adaptive: with sigma_b, its ``count_noise``.
+      adaptive: sigma_b is its :func:`count_noise`.
       cohort: sites a round, on average.
 
     Raises:
       UserError: the cohort is too small for so much noise.
     """
-    largest = cohort * _COUNT_NOISE_SHARE
-    if adaptive.count_noise > largest:
+    sigma_b, largest = count_noise(adaptive, cohort), cohort * _COUNT_NOISE_SHARE
+    if sigma_b > largest:
         raise UserError(
-            f"adaptive clipping counts unclipped updates with noise of standard deviation {adaptive.count_noise:g} "
+            f"adaptive clipping counts unclipped updates with noise of standard deviation {sigma_b:g} "
             f"among {cohort} sites a round, where at most a twentieth of the cohort, {largest:g}, leaves a usable "
-            f"count; and that allows noise multipliers below {2 * largest:g} only. Set clip_norm by hand "
-            "(adaptive=None), or let more sites take part in a round"
+            f"count; and that allows noise multipliers below {2 * largest:g} only. Leave count_noise out, set "
+            "clip_norm by hand (adaptive=None), or let more sites take part in a round"
         )
-    if noise_multiplier >= 2 * adaptive.count_noise:
+    if noise_multiplier >= 2 * sigma_b:
+        out = "let more sites take part in a round, or set clip_norm by hand (adaptive=None)"
+        if sigma_b < largest:
+            out = f"leave count_noise out ({largest:g}, which allows multipliers below {2 * largest:g}), {out}"
         raise UserError(
             f"the noise multiplier is {noise_multiplier:.4g}, but adaptive clipping with count_noise "
-            f"{adaptive.count_noise:g} alone has spent more than that by itself: it allows noise multipliers below "
-            f"{2 * adaptive.count_noise:g}. A count_noise of a twentieth of the cohort, {largest:g} for {cohort} "
-            f"sites a round, allows noise multipliers below {2 * largest:g}: raise count_noise up to that, let more "
-            "sites take part, or set clip_norm by hand (adaptive=None)"
+            f"{sigma_b:g} among {cohort} sites a round alone has spent more than that by itself: it allows noise "
+            f"multipliers below {2 * sigma_b:g}. Ways out: {out}"
         )
-    return float((noise_multiplier**-2 - (2 * adaptive.count_noise) ** -2) ** -0.5)
+    return float((noise_multiplier**-2 - (2 * sigma_b) ** -2) ** -0.5)
 
 
 def _correlation(noise: Any, regime: Regime, population: Population) -> Correlation:
@@ -175,8 +189,9 @@ def _check_adaptive(adaptive: AdaptiveClip) -> None:
     if not 0 < adaptive.quantile < 1:
         raise UserError(f"AdaptiveClip.quantile is {adaptive.quantile}; it is a share of the updates, in (0, 1)")
     for name in ("learning_rate", "count_noise"):
-        if not 0 < getattr(adaptive, name) < float("inf"):
-            raise UserError(f"AdaptiveClip.{name} is {getattr(adaptive, name)}; it must be positive and finite")
+        value = getattr(adaptive, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError(f"AdaptiveClip.{name} is {value}; it must be positive and finite")
 
 
 def _weight(examples: int, cap: int) -> float:

@@ -99,12 +99,13 @@ class AdaptiveClip:
     Attributes:
       quantile: gamma, the share of updates that shall not be clipped.
       learning_rate: eta_C of the geometric update.
-      count_noise: sigma_b, the standard deviation of the noise on the (shifted) count of unclipped updates, in clients.
+      count_noise: sigma_b, the standard deviation of the noise on the (shifted) count of unclipped updates, in clients;
+        ``None``: a twentieth of the cohort. At most that; less leaves less room for noise on the updates.
     """
 
     quantile: float = 0.5
     learning_rate: float = 0.2
-    count_noise: float = 5.0
+    count_noise: float | None = None
 
 
 class Mechanism(NamedTuple):
@@ -127,7 +128,7 @@ class Mechanism(NamedTuple):
         says, and gives no amplification.
       site_weights: what a site's delta is multiplied by, from its number of examples; ``None``: 1.
       correlated: how noise is correlated over steps or rounds (``privacy/correlated.py``); ``None``: independent.
-      adaptive: the clip norm follows a quantile; ``None``: it is fixed.
+      adaptive: the clip norm follows a quantile, with a number for ``count_noise``; ``None``: it is fixed.
       events: account -> what one round releases about it, if it takes part.
       adversary: who the guarantee holds against, as a sentence.
       assumptions: what it rests on, as sentences.
