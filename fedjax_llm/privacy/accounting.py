@@ -61,6 +61,9 @@ def releases_of(events: Sequence[Event]) -> tuple[Release, ...]:
       UserError: an event has an impossible value.
     """
     counts: dict[tuple[float, float], int] = {}
+    # Merged steps of several sites would share an incomplete band, or one matrix release, and cost too little. They do
+    # not meet here: participation.correlate refuses correlated noise where owners are at several sites, so that an
+    # account of several names has gaussian events alone.
     for event in merge(_checked(event) for event in events):
         count = {"gaussian": event.count, "banded": -(-event.count // event.bands), "matrix": min(event.count, 1)}
         alike = (float(event.noise_multiplier), 1.0 if event.kind == "matrix" else float(event.sampling_probability))

@@ -72,6 +72,8 @@ class LocalDp:
             assumptions=(
                 "a site's epsilon also covers replacing all of its data by any other; that the site takes part, and "
                 "what it weighs (its number of examples), is public",
+                "two clipped updates are up to 2 clip norms apart, so the noise multipliers of the accounts are half "
+                "of LocalDp's own, which is over one clip norm",
                 participation.GENERATOR,
             ),
         )

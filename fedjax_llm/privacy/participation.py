@@ -115,7 +115,8 @@ def _participation(
 def assumptions(unit: Unit) -> tuple[str, ...]:
     """What every guarantee for units inside the sites rests on."""
     what = {
-        "record": "a record is what the data source calls one: a copy of it is another record",
+        "record": "a record is what the data source calls one: a copy of it is another record, and so is what has the "
+        "same id at another site",
         "patient": "a patient is told by the owner's id in the data: one with two ids is two patients",
     }
     return (what[unit], "how many units each site trains on is public", GENERATOR)

@@ -233,6 +233,16 @@ def test_adaptive_clipping_at_the_papers_numbers():
     assert update_noise(0.6, AdaptiveClip(count_noise=0.4), cohort=8) == pytest.approx(0.9071147, rel=1e-6)
 
 
+@pytest.mark.parametrize(("given_noise", "cohort", "count_noise"), [(None, None, 5.0), (None, 60, 3.0), (1.5, 60, 1.5)])
+def test_the_noise_of_the_count_is_a_twentieth_of_the_cohort_if_not_given(given_noise, cohort, count_noise):
+    hundred = Population(tuple(map(str, range(100))), (1,) * 100, (5,) * 100, (1,) * 100)
+    config = DpFedAvg(1.0, 1.0, adaptive=AdaptiveClip(0.3, 0.1, given_noise))
+    mechanism = config.make(SITES._replace(cohort=cohort), hundred, GIVEN)
+    assert mechanism.adaptive == AdaptiveClip(0.3, 0.1, count_noise)
+    assert mechanism.stddev[0] == pytest.approx((1 - (2 * count_noise) ** -2) ** -0.5, rel=1e-12)
+    assert update_noise(1.0, AdaptiveClip(count_noise=given_noise), cohort or 100) == mechanism.stddev[0]
+
+
 @given(st.floats(0.05, 0.95), st.integers(1, 500))
 def test_both_releases_of_an_adaptive_round_together_are_one_of_the_charged_multiplier(part: float, cohort: int):
     adaptive = AdaptiveClip(count_noise=cohort / 20)
@@ -257,6 +267,13 @@ def test_local_dp_charges_replacement_and_composes_over_a_sites_own_rounds():
     epsilons = spent(mechanism, whole_run(mechanism, population), 1e-2)
     for site, rounds in zip(population.sites, population.participations, strict=True):
         assert gaussian_delta(epsilons[site], 2.0 / math.sqrt(rounds)) == pytest.approx(1e-2, rel=1e-2)
+
+
+def test_assumptions_say_what_a_figure_or_a_unit_is():
+    local = LocalDp(0.5, 4.0).make(SITES, THREE, GIVEN)
+    assert any("half of LocalDp's own" in sentence for sentence in local.assumptions)
+    record = DpSgd(1.0, 1.0).make(RECORDS, THREE, GIVEN)
+    assert any("same id at another site" in sentence for sentence in record.assumptions)
 
 
 def test_calibrated_local_dp_meets_the_target_at_every_site():
