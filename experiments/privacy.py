@@ -4,6 +4,8 @@ What a configuration will guarantee, without its model and without training; opt
 
     python -m experiments.privacy --config=configs/quickstart.py --privacy.target-epsilon=4
 
+With a target or a budget that includes how many rounds, and how much sampling, would fit it with the same noise.
+
 What a run released, finished or not, recomputed from its ledger alone and compared with what the run claims. The exit
 status is 1 if it claims less than it released:
 

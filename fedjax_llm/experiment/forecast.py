@@ -1,6 +1,7 @@
 """What a configuration will guarantee, before anything is trained and without its model."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +13,10 @@ from rich.text import Text
 from fedjax_llm.config import Experiment
 from fedjax_llm.data.splits import SplitSite
 from fedjax_llm.experiment.charging import exceeds
-from fedjax_llm.experiment.prepare import load_dataset, split_sites
+from fedjax_llm.experiment.prepare import cohort_size, load_dataset, split_sites
 from fedjax_llm.experiment.protection import population_of, protection
-from fedjax_llm.privacy import accounting, guarantee, statement
+from fedjax_llm.privacy import accounting, calibration, guarantee, statement
+from fedjax_llm.privacy.dp_fedavg import DpFedAvg
 from fedjax_llm.privacy.events import Event
 from fedjax_llm.privacy.mechanism import EVERY_SITE, Mechanism, Population, adjacency
 from fedjax_llm.privacy.participation import accounts
@@ -25,6 +27,8 @@ NOISE_FACTORS = (0.5, 2**-0.5, 1.0, 2**0.5, 2.0)
 """Of the configuration's noise, in the table."""
 ROUND_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Of the configuration's rounds, in the table."""
+MOST_ROUNDS = 1_000_000
+"""Where to stop looking for what fits a budget."""
 _MOST_EVENTS = 12
 
 
@@ -34,7 +38,8 @@ class Grid:
 
     Attributes:
       account: the one with the largest epsilon under the configuration itself.
-      rounds: of the columns.
+      rounds: of the columns; the configuration's own alone where noise is correlated without amplification: it is made
+        for one number of rounds.
       noise: noise multipliers of the rows.
       epsilon: ``[noise][rounds]``.
     """
@@ -43,6 +48,21 @@ class Grid:
     rounds: tuple[int, ...]
     noise: tuple[float, ...]
     epsilon: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What fits the budget in one account, with the configuration's noise.
+
+    Attributes:
+      rounds: in how many rounds what the account is charged for can be released, sampled as configured; at most
+        ``MOST_ROUNDS``, 0 where not even one fits.
+      probability: the largest sampling probability that fits the configuration's rounds, a multiple of 1e-6 rounded
+        down; 0 where none fits; ``None`` where sampling does not count.
+    """
+
+    rounds: int
+    probability: float | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,24 +74,28 @@ class Forecast:
       planned: what the whole run will release, by the names that it is charged to.
       statement: as a run's ``summary.json`` will hold it, if all rounds are run.
       grid: epsilon over noise and rounds.
+      fit: what fits the budget in the grid's account; ``None``: see :func:`fit`.
     """
 
     mechanism: Mechanism
     planned: Mapping[str, tuple[Event, ...]]
     statement: Mapping[str, Any]
     grid: Grid
+    fit: Fit | None
 
 
 def forecast(experiment: Experiment, progress: RunProgress) -> Forecast | None:
     """Reads the text, calibrates noise, and accounts for all rounds; ``None`` without differential privacy.
 
     Raises:
-      UserError: the mechanism cannot protect this experiment, or no noise meets its target.
+      UserError: the mechanism cannot protect this experiment, no noise meets its target, or rounds are of more sites
+        than there are.
     """
     if experiment.privacy.mechanism is None or experiment.setting == "base":
         return None
     with progress.phase("Reading the text"):
         sites = split_sites(experiment, load_dataset(experiment))
+    cohort_size(experiment, len(sites))
     with progress.phase("Calibrating noise", unit="tries") as advance:
         found = protection(experiment, sites, lambda done, total: advance(1))
     assert found is not None
@@ -81,9 +105,14 @@ def forecast(experiment: Experiment, progress: RunProgress) -> Forecast | None:
         stated = promised(experiment, mechanism, population)
     accounted = stated["accounts"]
     account = max(accounted, key=lambda name: accounted[name]["epsilon"])
-    with progress.phase("Tabulating", len(NOISE_FACTORS) * len(ROUND_FACTORS), "figures") as advance:
+    figures = len(NOISE_FACTORS) * len(_columns(experiment, mechanism))
+    with progress.phase("Tabulating", figures, "figures") as advance:
         grid = grid_around(experiment, sites, mechanism, account, lambda: advance(1))
-    return Forecast(mechanism, planned, stated, grid)
+    fitting = None
+    if fits_are_found(experiment, mechanism, account):
+        with progress.phase("Calibrating rounds and sampling", 2, "searches") as advance:
+            fitting = fit(experiment, mechanism, account, planned[account], lambda: advance(1))
+    return Forecast(mechanism, planned, stated, grid, fitting)
 
 
 def promised(experiment: Experiment, mechanism: Mechanism, population: Population) -> dict[str, Any]:
@@ -131,7 +160,7 @@ def grid_around(
     """
     privacy, federation = experiment.privacy, experiment.federation
     names = accounts(tuple(mechanism.events), population_of(experiment, sites).shared)[account]
-    rounds = tuple(sorted({max(1, round(federation.rounds * factor)) for factor in ROUND_FACTORS}))
+    rounds = _columns(experiment, mechanism)
     planned = []
     for count in rounds:
         longer = dataclasses.replace(experiment, federation=dataclasses.replace(federation, rounds=count))
@@ -153,6 +182,55 @@ def grid_around(
     )
 
 
+def fits_are_found(experiment: Experiment, mechanism: Mechanism, account: str) -> bool:
+    """Whether there is a budget, and one kind of releases with independent noise that can be fitted to it.
+
+    Args:
+      experiment: the configuration.
+      mechanism: with its noise.
+      account: of a site, of all, or of several sites that share an owner, which has several kinds of releases.
+    """
+    event = mechanism.events.get(account)
+    return experiment.privacy.budget is not None and event is not None and event.kind == "gaussian"
+
+
+def fit(
+    experiment: Experiment,
+    mechanism: Mechanism,
+    account: str,
+    planned: tuple[Event, ...],
+    done: Callable[[], None] = lambda: None,
+) -> Fit:
+    """How many rounds, or how likely sampling, fit the budget; all else as it is.
+
+    Args:
+      experiment: with a budget.
+      mechanism: with the configuration's noise.
+      account: one for which :func:`fits_are_found`.
+      planned: what the configuration's rounds release about it.
+      done: called after each of the two searches.
+    """
+    privacy = experiment.privacy
+    assert privacy.budget is not None
+    target = (privacy.budget, privacy.delta, privacy.accountant)
+    rounds = calibration.rounds_within(mechanism.events[account], *target, MOST_ROUNDS)
+    done()
+    config = privacy.mechanism
+    seen = isinstance(config, DpFedAvg) and not config.cohort_is_secret
+    sampled = mechanism.sampling is not None or (mechanism.cohort_probability is not None and not seen)
+    probability = calibration.sampling_probability_within(planned[0], *target) if sampled else None
+    done()
+    return Fit(rounds, probability)
+
+
+def _columns(experiment: Experiment, mechanism: Mechanism) -> tuple[int, ...]:
+    """Of the table: rounds around the configuration's, or its own alone."""
+    rounds = experiment.federation.rounds
+    if any(event.kind == "matrix" for event in mechanism.events.values()):
+        return (rounds,)
+    return tuple(sorted({max(1, round(rounds * factor)) for factor in ROUND_FACTORS}))
+
+
 def render(console: Console, experiment: Experiment, found: Forecast | None) -> None:
     """Prints a forecast: what is done, what that guarantees to whom and what not, and what other noise would do."""
     if found is None:
@@ -163,7 +241,31 @@ def render(console: Console, experiment: Experiment, found: Forecast | None) -> 
     console.print(Text("Assumed:"))
     for sentence in found.statement["assumptions"]:
         console.print(Text(f"- {sentence}"), soft_wrap=True)
-    console.print(_grid_table(found))
+    console.print(_grid_table(found, experiment.federation.rounds))
+    if found.fit is not None:
+        console.print(_fit_table(experiment, found, found.fit))
+    elif experiment.privacy.budget is not None:
+        console.print(
+            Text("Not computed: the rounds and the sampling that fit the budget (correlated noise, or several sites).")
+        )
+
+
+def _fit_table(experiment: Experiment, found: Forecast, fitting: Fit) -> Table:
+    """What fits the budget, in words."""
+    stated, account = found.statement, found.grid.account
+    figures, unit, step = stated["accounts"][account], stated["unit"], "round" if account == EVERY_SITE else "step"
+    title = f"What fits epsilon {stated['budget']:g} at delta {stated['delta']:g} ({stated['adjacency']}) of {account}"
+    rounds = f"{fitting.rounds:,}" + (" or more" if fitting.rounds == MOST_ROUNDS else "")
+    planned = figures["releases"] // found.mechanism.events[account].count
+    if planned < experiment.federation.rounds:
+        rounds += f" that {account} takes part in (of the {experiment.federation.rounds:,} configured: {planned:,})"
+    rows = [("rounds, at this noise and sampling", rounds if fitting.rounds else "none: a single round spends more")]
+    if fitting.probability is not None:
+        expected = math.floor(fitting.probability * figures["units"] * 100) / 100
+        text = f"{fitting.probability:g}, which is {expected:,g} {unit}s a {step} on average"
+        named = "sampling probability, at this noise and these rounds"
+        rows.append((named, text if fitting.probability else "none: even one in a million spends more"))
+    return settings_table(rows, title=title)
 
 
 def _settings(experiment: Experiment, found: Forecast) -> list[tuple[str, Any]]:
@@ -196,15 +298,14 @@ def _settings(experiment: Experiment, found: Forecast) -> list[tuple[str, Any]]:
     return rows
 
 
-def _grid_table(found: Forecast) -> Table:
-    """Epsilon over noise multipliers and rounds; the configuration's own is bold."""
+def _grid_table(found: Forecast, own: int) -> Table:
+    """Epsilon over noise multipliers and rounds; the configuration's own rounds and noise are bold."""
     grid, stated = found.grid, found.statement
     whose = f"{grid.account}, which has the largest" if len(stated["accounts"]) > 1 else grid.account
     title = f"Epsilon at delta {stated['delta']:g} ({stated['adjacency']}) of {whose}"
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.min_width = len(title)
     table.add_column("noise multiplier")
-    own = round(grid.rounds[-1] / ROUND_FACTORS[-1])
     for count in grid.rounds:
         table.add_column(f"{count:,} round{'' if count == 1 else 's'}", justify="right")
     for factor, noise, row in zip(NOISE_FACTORS, grid.noise, grid.epsilon, strict=True):

@@ -147,7 +147,7 @@ def _plan(
 ) -> RoundPlan:
     """The rounds of an experiment."""
     privacy = experiment.privacy
-    cohort = _cohort(experiment, len(train))
+    cohort = cohort_size(experiment, len(train))
     clients = clients_of(experiment.setting, train, privacy.unit if mechanism is not None else None)
     local = local_training_of(experiment.setting, experiment.training, cohort)
     return RoundPlan(
@@ -288,8 +288,12 @@ def encode(experiment: Experiment, base: BaseModel) -> Callable[[Any], tuple[tup
     return lambda records: encode_records(records, base.tokenizer, data.max_length, data.too_long, data.system)
 
 
-def _cohort(experiment: Experiment, sites: int) -> int:
-    """How many clients take part in a round."""
+def cohort_size(experiment: Experiment, sites: int) -> int:
+    """How many clients take part in a round.
+
+    Raises:
+      UserError: more than there are sites.
+    """
     size = experiment.federation.cohort
     if size is not None and size > sites:
         raise UserError(f"federation.cohort is {size}, but there are only {sites} sites")

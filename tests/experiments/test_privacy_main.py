@@ -1,7 +1,10 @@
 """``python -m experiments.privacy``: what a configuration will guarantee, and what a run has released."""
 
+import io
 import json
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +16,12 @@ from fedjax_llm import config
 from fedjax_llm.data.partition import Iid
 from fedjax_llm.data.site_files import SiteFiles
 from fedjax_llm.experiment import charging, forecast
+from fedjax_llm.federation.plan import Federation
 from fedjax_llm.privacy import accounting, ledger
+from fedjax_llm.privacy.dp_fedavg import DpFedAvg
 from fedjax_llm.privacy.events import Event
+from fedjax_llm.privacy.guarantee import Privacy
+from fedjax_llm.privacy.local_dp import LocalDp
 from fedjax_llm.privacy.mechanism import EVERY_SITE
 from fedjax_llm.runs.progress import RunProgress
 
@@ -65,6 +72,12 @@ def foreseen(experiment):
     found = forecast.forecast(experiment, RunProgress(1, Console(quiet=True)))
     assert found is not None
     return found
+
+
+def protected(experiment):
+    """The sites, the mechanism and the population of an experiment."""
+    sites = forecast.split_sites(experiment, forecast.load_dataset(experiment))
+    return sites, *forecast.protection(experiment, sites)
 
 
 def test_a_look_needs_no_model_and_says_all(file, capsys):
@@ -119,6 +132,66 @@ def test_the_grid_lies_around_the_configuration(file):
         assert list(row) == sorted(row)
 
 
+def test_noise_that_is_made_for_one_number_of_rounds_is_shown_for_that_alone(file):
+    experiment = config.load(file)
+    sites, mechanism, _ = protected(experiment)
+    whole = mechanism._replace(events=dict.fromkeys(mechanism.events, Event("matrix", 1.5, count=3)))
+    grid = forecast.grid_around(experiment, sites, whole, "hill")
+    assert grid.rounds == (4,)
+    assert [row[0] for row in grid.epsilon] == [accounting.epsilon([Event("matrix", z)], 1e-3) for z in grid.noise]
+
+
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+def test_what_fits_a_budget_fits_and_no_more_does(file, accountant):
+    experiment = changed(config.load(file), privacy__budget_epsilon=2.0, privacy__accountant=accountant)
+    _, mechanism, population = protected(experiment)
+    (planned,) = forecast.releases_planned(mechanism, population, 4)["hill"]
+    done = []
+    found = forecast.fit(experiment, mechanism, "hill", (planned,), lambda: done.append(1))
+
+    def epsilon(event, **other):
+        return accounting.epsilon([replace(event, **other)], 1e-3, accountant)
+
+    assert 1 <= found.rounds < 4
+    one = mechanism.events["hill"]
+    assert epsilon(one, count=3 * found.rounds) <= 2.0 < epsilon(one, count=3 * (found.rounds + 1))
+    assert found.probability is not None
+    assert 0 < found.probability < planned.sampling_probability
+    more = found.probability + 1e-6
+    assert epsilon(planned, sampling_probability=found.probability) <= 2.0 < epsilon(planned, sampling_probability=more)
+    assert len(done) == 2
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "account", "sampled"),
+    [
+        (LocalDp(noise_multiplier=100.0), "hill", False),
+        (DpFedAvg(noise_multiplier=100.0), EVERY_SITE, True),
+        (DpFedAvg(noise_multiplier=100.0, cohort_is_secret=False), EVERY_SITE, False),
+    ],
+)
+def test_only_sampling_that_counts_is_fitted(file, mechanism, account, sampled):
+    privacy = Privacy(mechanism, "site", budget_epsilon=0.1, delta=1e-3)
+    federation = Federation(rounds=2, weighting="uniform")
+    experiment = changed(config.load(file), federation=federation, privacy=privacy)
+    _, made, population = protected(experiment)
+    assert forecast.fits_are_found(experiment, made, account)
+    found = forecast.fit(experiment, made, account, forecast.releases_planned(made, population, 2)[account])
+    assert found.probability == (1.0 if sampled else None)
+    assert found.rounds > 2
+
+
+def test_what_cannot_be_fitted_is_not(file):
+    open_ended = config.load(file)
+    _, mechanism, _ = protected(open_ended)
+    budget = changed(open_ended, privacy__budget_epsilon=1.0)
+    assert not forecast.fits_are_found(open_ended, mechanism, "hill")
+    assert forecast.fits_are_found(budget, mechanism, "hill")
+    assert not forecast.fits_are_found(budget, mechanism, "coast / hill")
+    banded = mechanism._replace(events={"hill": Event("banded", 1.5, 0.5, 3, 2)})
+    assert not forecast.fits_are_found(budget, banded, "hill")
+
+
 def test_overrides_are_those_of_a_run(file, capsys, small_grid):
     words = ["--privacy.mechanism.noise-multiplier=3.0", "--federation.rounds=7", "--privacy.delta=1e-4"]
     assert main([f"--config={file}", *words]) == 0
@@ -133,14 +206,49 @@ def test_overrides_are_those_of_a_run(file, capsys, small_grid):
 
 def test_a_budget_that_does_not_suffice_is_told(file, capsys, small_grid):
     assert main([f"--config={file}", "--privacy.budget-epsilon=0.5"]) == 0
-    assert "more than the budget of 0.5: the run will end before that" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "more than the budget of 0.5: the run will end before that" in shown
+    assert "Calibrating rounds and sampling: done" in shown
+    assert "What fits epsilon 0.5 at delta 0.001 (add or remove one record) of hill" in shown
+    assert re.search(r"rounds, at this noise and sampling +none: a single round spends more", shown)
+    assert re.search(r"these rounds +0\.\d+, which is 0\.\d+ records a step on average", shown)
+
+
+@pytest.mark.parametrize(
+    ("fit", "texts"),
+    [
+        (forecast.Fit(0, 0.0), ("none: a single round spends more", "none: even one in a million spends more")),
+        (forecast.Fit(1_000_000, 1.0), ("1,000,000 or more", "1, which is 6 records a step on average")),
+        (forecast.Fit(7, 0.1234), ("sampling                    7 ", "0.1234, which is 0.74 records a step")),
+        (None, ("Not computed: the rounds and the sampling that fit the budget",)),
+    ],
+)
+def test_a_fit_is_told_in_words(file, small_grid, fit, texts):
+    experiment = config.load(file)
+    found = replace(foreseen(experiment), fit=fit)
+    assert foreseen(experiment).fit is None, "there is no budget"
+    stated = {**found.statement, "budget": 0.5}
+    console = Console(file=io.StringIO(), width=200)
+    experiment = changed(experiment, privacy__budget_epsilon=0.5)
+    forecast.render(console, experiment, replace(found, statement=stated))
+    for text in texts:
+        assert text in console.file.getvalue()
+
+
+def test_rounds_of_an_account_are_those_that_it_takes_part_in(file, small_grid):
+    experiment = config.load(file)
+    found = foreseen(experiment)
+    found = replace(found, grid=replace(found.grid, account="town"), fit=forecast.Fit(9, None))
+    console = Console(file=io.StringIO(), width=200)
+    stated = {**found.statement, "budget": 5.0}
+    forecast.render(console, experiment, replace(found, statement=stated))
+    assert "9 that town takes part in (of the 4 configured: 1)" in console.file.getvalue()
 
 
 @pytest.mark.parametrize(("part", "stops"), [(1.0, False), (1 - 5e-10, False), (1 - 2e-9, True)])
 def test_a_budget_is_exceeded_as_in_a_run(file, part, stops):
     experiment = config.load(file)
-    sites = forecast.split_sites(experiment, forecast.load_dataset(experiment))
-    mechanism, population = forecast.protection(experiment, sites)
+    _, mechanism, population = protected(experiment)
     needed = forecast.promised(experiment, mechanism, population)["epsilon"]
     tight = changed(experiment, privacy__budget_epsilon=needed * part)
     assert (forecast.promised(tight, mechanism, population)["stopped"] is not None) == stops
@@ -157,6 +265,8 @@ def test_a_configuration_without_privacy_says_so(file, tmp_path, capsys):
 def test_what_cannot_be_protected_is_an_error(file, capsys):
     assert main([f"--config={file}", "--privacy.unit=site"]) == 2
     assert "privacy.unit" in capsys.readouterr().err
+    assert main([f"--config={file}", "--federation.cohort=9"]) == 2
+    assert "federation.cohort is 9, but there are only 3 sites" in capsys.readouterr().err
     assert main(["--config=no/such.py"]) == 2
     assert "there is no configuration file" in capsys.readouterr().err
 
