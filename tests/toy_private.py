@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import optax
 from tiny import tiny_adapters, tiny_model
-from toy_rounds import KEY, LAYOUTS, SCALING, Sites, plain_loss, toy_example, toy_model, toy_sites
+from toy_rounds import KEY, LAYOUTS, SCALING, Sites, plain_loss, toy_example, toy_sites
 
 from fedjax_llm import lora
 from fedjax_llm.aggregation.fedavg import FedAvg
@@ -71,15 +71,19 @@ class Base(NamedTuple):
 
 
 @cache
-def toy_base(kind: str = "whole") -> Base:
+def toy_base(kind: str = "whole", dropout: float = 0.0) -> Base:
     """``whole``: both factors; ``b``: one factor; ``upper``: adapters above a layer whose states are kept."""
-    model, params, adapters = toy_model()
+    model, params = tiny_model(layers=2 if kind == "upper" else 1, dropout=dropout)
+    return Base(model, params, *toy_adapters(kind), kind == "upper")
+
+
+def toy_adapters(kind: str = "whole", seed: int = 1) -> tuple[Adapters, Adapters]:
+    """The trained and the frozen factors of a base, none of them zero."""
+    model, _ = tiny_model(layers=2 if kind == "upper" else 1)
+    adapters = tiny_adapters(model, seed=seed, targets=("q_proj", "down_proj"))
     if kind == "upper":
-        model, params = tiny_model(layers=2)
-        adapters = tiny_adapters(model, targets=("q_proj", "down_proj"))
         adapters = {path: factors for path, factors in adapters.items() if path.startswith("layers.1.")}
-    trained, frozen = lora.split(adapters, "b" if kind == "b" else "both")
-    return Base(model, params, trained, frozen, kind == "upper")
+    return lora.split(adapters, "b" if kind == "b" else "both")
 
 
 @cache
@@ -114,10 +118,11 @@ def private_plan(
     weighting: str = "uniform",
     aggregation: Aggregation | None = None,
     base: str = "whole",
+    dropout: float = 0.0,
     sites: Sites | None = None,
 ) -> RoundPlan:
     """A plan over the private sites that its mechanism has accepted."""
-    found, sites = toy_base(base), sites or private_sites()
+    found, sites = toy_base(base, dropout), sites or private_sites()
     clients = clients_of(setting, sites, unit)
     local, optimizer = local_training_of(setting, local, cohort), local.optimizer
     regime = Regime(
@@ -197,6 +202,10 @@ def unit_gradient(base: Base, adapters: PyTree, examples: Sequence[EncodedExampl
     return total
 
 
+_gaussian = jax.jit(noise.gaussian)
+_update = jax.jit(lambda optimizer, mean, memory, adapters: optimizer.update(mean, memory, adapters), static_argnums=0)
+
+
 def _plain_client(
     plan: RoundPlan, base: Base, c: int, moment: tuple[int, int], adapters: PyTree, memory: PyTree
 ) -> tuple[PyTree, PyTree]:
@@ -221,11 +230,11 @@ def _plain_client(
             total = jax.tree.map(np.add, total, gradient)
         if mechanism.noised == "steps":
             stddev = float(mechanism.stddev[c]) * mechanism.clip.norm
-            drawn = noise.gaussian(noise.step_key(site_key, number), base.adapters, stddev)
+            drawn = _gaussian(noise.step_key(site_key, number), base.adapters, stddev)
             total = jax.tree.map(np.add, total, drawn)
         divisor = mechanism.denominators[c] if sampled else len(batch)
         mean = jax.tree.map(lambda leaf, d=divisor: np.asarray(leaf / d, np.float32), total)
-        updates, memory = plan.trainer.optimizer.update(mean, memory, adapters)
+        updates, memory = _update(plan.trainer.optimizer, mean, memory, adapters)
         adapters = optax.apply_updates(adapters, updates)
     return adapters, memory
 
@@ -269,13 +278,13 @@ def play_plainly_in_private(
             if mechanism.noised == "deltas":
                 key = secret_round_key(plan.secret_key, *moment, "site noise")
                 stddev = float(mechanism.stddev[c]) * norm
-                drawn = noise.gaussian(jax.random.fold_in(key, plan.clients[c].id), delta, stddev)
+                drawn = _gaussian(jax.random.fold_in(key, plan.clients[c].id), delta, stddev)
                 delta = jax.tree.map(np.add, delta, drawn)
             weight = _plain_weight(plan, c)
             total, weights = jax.tree.map(lambda t, d, w=weight: t + w * d, total, delta), weights + weight
         if mechanism.noised == "sum":
             key = secret_round_key(plan.secret_key, *moment, "sum noise")
-            total = jax.tree.map(np.add, total, noise.gaussian(key, total, norm * float(mechanism.stddev[0])))
+            total = jax.tree.map(np.add, total, _gaussian(key, total, norm * float(mechanism.stddev[0])))
             weights = mechanism.weight
         if mechanism.adaptive is not None:
             key = secret_round_key(plan.secret_key, *moment, "count noise")

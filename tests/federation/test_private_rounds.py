@@ -194,9 +194,14 @@ def test_dropout_under_privacy_follows_the_secret_key_alone():
     """Its masks go by the place in a batch, which the units before decide: who knew them would see those units."""
     # One example a record and all of them in every step, so that the secret key decides nothing else.
     plan = private_plan(
-        DpSgd(CLIP, 1.0, sampling_probability=1.0), "record", STEPS, layout="one by one", sites=private_sites(1)[:2]
+        DpSgd(CLIP, 1.0, sampling_probability=1.0),
+        "record",
+        STEPS,
+        layout="in pairs",
+        dropout=0.4,
+        sites=private_sites(1)[:2],
     )
-    plan = silent(plan._replace(trainer=plan.trainer._replace(model=replace(plan.trainer.model, dropout=0.4))))
+    plan = silent(plan)
     first = play_privately(plan, rounds=1)[0].adapters
     public, secret = plan._replace(key=jax.random.key(99)), plan._replace(secret_key=noise.run_key("reproducible", 6))
     assert same(first, play_privately(public, rounds=1)[0].adapters)

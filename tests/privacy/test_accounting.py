@@ -15,9 +15,14 @@ from dp_accounting import NeighboringRelation
 from fedjax_llm.errors import UserError
 from fedjax_llm.privacy import accounting
 from fedjax_llm.privacy.accounting import delta_of, epsilon, epsilon_curve, guarantee, releases_of, to_dp_event
+from fedjax_llm.privacy.correlated import BandedToeplitz
+from fedjax_llm.privacy.dp_sgd import DpSgd
 from fedjax_llm.privacy.events import Event
+from fedjax_llm.privacy.mechanism import Budget, Population, Regime
 
 gaussian = partial(Event, "gaussian")
+STEPS = ("sgd", 1.0, True, 0.0, "float32", "Sum")
+"""The end of a ``Regime``: of steps that a mechanism for gradients accepts."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -126,6 +131,49 @@ def test_jax_privacy_agrees():
     assert to_dp_event([gaussian(1.3, 0.05, 200)]) == events.dpsgd_event(1.3, 200, sampling_prob=0.05)
     banded = Event("banded", 1.3, 0.05, 201, bands=4)
     assert to_dp_event([banded]) == events.amplified_bandmf_event(1.3, 201, num_bands=4, sampling_prob=0.05)
+
+
+@pytest.mark.parametrize(("bands", "budget"), [(1, Budget(None, 1e-4)), (1, Budget(3.0, 1e-4, "rdp")), (4, None)])
+def test_a_plan_of_jax_privacy_releases_the_same_with_the_same_noise(bands, budget, monkeypatch):
+    """One band is DP-SGD. Clip norm and sampling are a unit's own: not rescaled to 1, and within its group."""
+    from jax_privacy.batch_selection import PartitionType
+    from jax_privacy.experimental import execution_plan
+
+    asked, make = {}, execution_plan.noise_addition.matrix_factorization_privatizer
+
+    def privatizer(matrix, *, stddev, prng_key, dtype):
+        asked["stddev"] = stddev
+        return make(matrix, stddev=stddev, prng_key=prng_key, dtype=dtype)
+
+    monkeypatch.setattr(execution_plan.noise_addition, "matrix_factorization_privatizer", privatizer)
+    budget = budget or Budget(None, 1e-4)
+    given = budget.epsilon is None
+    config = execution_plan.BandMFExecutionPlanConfig.default(
+        num_bands=bands,
+        iterations=18,
+        epsilon=budget.epsilon,
+        delta=None if given else budget.delta,
+        noise_multiplier=1.3 if given else None,
+        l2_clip_norm=0.7,
+        rescale_to_unit_norm=False,
+        sampling_prob=0.05 * bands,
+        partition_type=PartitionType.INDEPENDENT,
+        accountant=dp_accounting.rdp.RdpAccountant(neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE),
+    )
+    theirs = config.plan
+    noise = BandedToeplitz(bands) if bands > 1 else None
+    regime = Regime("federated", "record", 9, None, "uniform", 20, 2, None, "example", *STEPS)
+    mechanism = DpSgd(0.7, 1.3 if given else None, noise=noise).make(
+        regime, Population(("a",), (400,), (9,), (1,)), budget
+    )
+    assert float(mechanism.stddev[0] * mechanism.clip.norm) == pytest.approx(
+        asked["stddev"], rel=1e-6 if given else 2e-3
+    )
+    run = [mechanism.events["a"]] * 9
+    if given:
+        assert to_dp_event(run) == theirs.dp_event
+    spent = dp_accounting.pld.PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, 1e-3).compose(theirs.dp_event)
+    assert epsilon(run, budget.delta) == pytest.approx(spent.get_epsilon(budget.delta), rel=1e-3 if given else 5e-3)
 
 
 def test_events_in_the_words_of_dp_accounting():

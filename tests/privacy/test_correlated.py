@@ -103,7 +103,7 @@ def test_impossible_noise_is_refused(attempt, message):
     separation=st.sampled_from([1, 2, 3]),
     participations=st.sampled_from([1, 2, 6]),
 )
-@settings(max_examples=25)
+@settings(max_examples=12)
 def test_sensitivity_is_the_largest_over_all_participations(drops, separation, participations):
     coefficients = np.cumprod([1.0, *drops])[:6]
     expected = largest(dense(coefficients, 6), separation, participations)
