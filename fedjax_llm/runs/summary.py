@@ -47,7 +47,7 @@ def summarise_evaluation(evaluation: Mapping[str, Any], seed: int, resamples: in
         found = [figures[measure] for figures in parts.values() if measure in figures]
         if found:
             points, replicates = zip(*found, strict=True)
-            macro[measure] = (float(np.mean(points)), np.mean(replicates, axis=0))
+            macro[measure] = _mean_over_sites(points, replicates, seed)
     sites = {site: _bounded(figures) for site, figures in parts.items()}
     return _bounded(macro) | {"sites": sites, "guessers": dict(evaluation.get("guessers", {}))}
 
@@ -84,7 +84,7 @@ def macro_paired_difference(
     """
     figures = _differences(base, final, seed, resamples).values()
     points, replicates = zip(*figures, strict=True)
-    return _interval(float(np.mean(points)), np.mean(replicates, axis=0))
+    return _interval(*_mean_over_sites(points, replicates, seed))
 
 
 def restrict(evaluation: Mapping[str, Any], records: Mapping[str, Sequence[str]]) -> dict[str, Any]:
@@ -154,6 +154,17 @@ def _resampled_sums(values: np.ndarray, rng: np.random.Generator, resamples: int
         drawn = rng.integers(0, rows, (min(block, resamples - start), rows))
         parts.append(np.stack([column[drawn].sum(axis=1) for column in values.T], axis=1))
     return np.concatenate(parts)
+
+
+def _mean_over_sites(points: Sequence[float], replicates: Sequence[np.ndarray], seed: int) -> tuple[float, np.ndarray]:
+    """The macro mean with its replicates: records drawn anew within the sites.
+
+    Where every site has a single record there is nothing to draw within; then the sites themselves are drawn.
+    """
+    if len(points) > 1 and all(np.ptp(own) == 0 for own in replicates):
+        drawn = _generator(seed, "", "sites").integers(0, len(points), (len(replicates[0]), len(points)))
+        return float(np.mean(points)), np.asarray(points)[drawn].mean(axis=1)
+    return float(np.mean(points)), np.mean(replicates, axis=0)
 
 
 def _columns(site: str, results: Mapping[str, Any], ids: str, names: Sequence[str]) -> np.ndarray:

@@ -180,3 +180,18 @@ def test_restrict_keeps_the_wanted_order():
     whole = evaluation(sizes={"a": 5})["sites"]["a"]
     assert part["sites"]["a"]["records"] == ["r3", "r1"]
     assert part["sites"]["a"]["nll"] == [whole["nll"][3], whole["nll"][1]]
+
+
+def test_sites_of_one_record_each_are_drawn_themselves():
+    rng = np.random.default_rng(3)
+    losses = rng.gamma(4.0, 5.0, 90)
+    sites = {
+        f"site-{i}": {"records": ["r"], "nll": [float(loss)], "tokens": [10], "correct": [4]}
+        for i, loss in enumerate(losses)
+    }
+    shorter = {name: {**found, "nll": [0.5 * found["nll"][0]]} for name, found in sites.items()}
+    macro = summary.summarise_evaluation({"sites": sites}, seed=1)
+    spread = (macro["nll_high"] - macro["nll_low"]) / 2
+    assert spread == pytest.approx(1.96 * losses.std() / 10 / np.sqrt(90), rel=0.1)
+    paired = summary.macro_paired_difference({"sites": sites}, {"sites": shorter}, seed=1)
+    assert paired["low"] < paired["difference"] < paired["high"] < 0
