@@ -12,7 +12,6 @@ status is 1 if it claims less than it released:
     python -m experiments.privacy runs/quickstart-federated
 """
 
-import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from experiments.run import config_path, experiment_of, fields_of
 from fedjax_llm import config as configuration
 from fedjax_llm.config import MAY_CHANGE, Experiment
 from fedjax_llm.errors import UserError, tell
@@ -56,25 +56,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def config_path(arguments: list[str]) -> str | None:
-    """What the command line names with ``--config``."""
-    for place, word in enumerate(arguments):
-        if word == "--config" and place + 1 < len(arguments):
-            return arguments[place + 1]
-        if word.startswith("--config="):
-            return word.removeprefix("--config=")
-    return None
-
-
 def look(path: str, arguments: list[str], console: Console) -> int:
     """Prints what a configuration will guarantee."""
     from fedjax_llm.experiment import forecast
 
-    experiment = configuration.load(path)
-    fields = {field.name: getattr(experiment, field.name) for field in dataclasses.fields(experiment)}
-    command = tyro.cli(Look, default=Look(**fields, config=path), args=arguments, prog=PROGRAM)
-    experiment = Experiment(**{name: getattr(command, name) for name in fields})
-    configuration.check(experiment)
+    default = Look(**fields_of(configuration.load(path)), config=path)
+    experiment = experiment_of(tyro.cli(Look, default=default, args=arguments, prog=PROGRAM))
     with RunProgress(experiment.federation.rounds, console) as progress:
         found = forecast.forecast(experiment, progress)
     forecast.render(console, experiment, found)

@@ -11,6 +11,7 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 from rich.console import Console
@@ -43,9 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console()
     try:
         command = parse(arguments)
-        fields = [field.name for field in dataclasses.fields(Experiment)]
-        experiment = Experiment(**{name: getattr(command, name) for name in fields})
-        configuration.check(experiment)
+        experiment = experiment_of(command)
         folder = Path(command.out or f"runs/{Path(command.config).stem}-{experiment.setting}")
         from fedjax_llm.experiment.run import run
 
@@ -64,15 +63,36 @@ def parse(arguments: list[str]) -> Command:
       UserError: the configuration cannot be read.
       SystemExit: an option does not exist (near ones are named), or ``--help``.
     """
-    path = DEFAULT
+    path = config_path(arguments) or DEFAULT
+    default = Command(**fields_of(configuration.load(path)), config=path)
+    return tyro.cli(Command, default=default, args=arguments, prog="python -m experiments.run")
+
+
+def config_path(arguments: list[str]) -> str | None:
+    """What the command line names with ``--config``; the last one holds."""
+    path = None
     for place, word in enumerate(arguments):
         if word == "--config" and place + 1 < len(arguments):
             path = arguments[place + 1]
         elif word.startswith("--config="):
             path = word.removeprefix("--config=")
-    experiment = configuration.load(path)
-    fields = {field.name: getattr(experiment, field.name) for field in dataclasses.fields(experiment)}
-    return tyro.cli(Command, default=Command(**fields, config=path), args=arguments, prog="python -m experiments.run")
+    return path
+
+
+def fields_of(experiment: Experiment) -> dict[str, Any]:
+    """The fields of an experiment, or of a command line that has them among its own."""
+    return {field.name: getattr(experiment, field.name) for field in dataclasses.fields(Experiment)}
+
+
+def experiment_of(command: Experiment) -> Experiment:
+    """The experiment that a command line says.
+
+    Raises:
+      UserError: a value has no place in its field.
+    """
+    experiment = Experiment(**fields_of(command))
+    configuration.check(experiment)
+    return experiment
 
 
 if __name__ == "__main__":

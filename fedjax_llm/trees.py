@@ -27,6 +27,11 @@ def segment_sum(tree: PyTree, segment: Array, count: int) -> PyTree:
     return jax.tree.map(lambda leaf: jax.ops.segment_sum(leaf, segment, count), tree)
 
 
+def zeros(tree: PyTree) -> PyTree:
+    """Zeros with the shapes of ``tree`` in f32, the type of sums and noise."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), tree)
+
+
 def select(mask: Array, yes: PyTree, no: PyTree) -> PyTree:
     """Per client (mask [C]): the leaves of ``yes`` or of ``no``, never mixed arithmetically, so NaN does not spread."""
 

@@ -20,7 +20,7 @@ from fedjax_llm.data.records import Dataset, EncodedExample
 from fedjax_llm.data.splits import SplitSite, split_site
 from fedjax_llm.errors import UserError
 from fedjax_llm.evaluation.evaluate import HeldOut, hold_out
-from fedjax_llm.experiment.protection import protection
+from fedjax_llm.experiment.protection import protection, seed_keys
 from fedjax_llm.federation.clients import clients_of, local_training_of
 from fedjax_llm.federation.plan import RoundPlan
 from fedjax_llm.lora import Lora
@@ -91,8 +91,7 @@ def prepare(experiment: Experiment, progress: RunProgress) -> Prepared:
             f"data.max_length is {experiment.data.max_length}, but {base.name} was made for at most "
             f"{base.model.config.context} tokens"
         )
-    key = jax.random.key(experiment.seed)
-    init_key, run_key = jax.random.split(key)
+    init_key, run_key = seed_keys(experiment)
     lora, whole = _adapters(experiment, base, init_key)
     adapters, frozen = low_rank.split(whole, lora.train)
     train, lengths = _encode(experiment, base, sites, progress)

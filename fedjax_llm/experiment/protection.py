@@ -15,9 +15,10 @@ from fedjax_llm.privacy.mechanism import Mechanism, Population
 from fedjax_llm.types import Unit
 
 
-def run_key(experiment: Experiment) -> jax.Array:
-    """The key of what is random in a run's rounds but no secret."""
-    return jax.random.split(jax.random.key(experiment.seed))[1]
+def seed_keys(experiment: Experiment) -> tuple[jax.Array, jax.Array]:
+    """The keys of fresh adapters, and of what is random in a run's rounds but no secret."""
+    init_key, run_key = jax.random.split(jax.random.key(experiment.seed))
+    return init_key, run_key
 
 
 def population_of(experiment: Experiment, sites: Sequence[SplitSite]) -> Population:
@@ -37,7 +38,8 @@ def population_of(experiment: Experiment, sites: Sequence[SplitSite]) -> Populat
         together = {(site, name) if name[0] == "record" else name for site, own in units.items() for name in own}
         return Population(("all",), (len(together),), (experiment.federation.rounds,), (1,))
     rounds, cohort = experiment.federation.rounds, experiment.federation.cohort
-    present = attendance(run_key(experiment), rounds, len(units), None if experiment.privacy.draws_cohorts else cohort)
+    fixed = None if experiment.privacy.draws_cohorts else cohort
+    present = attendance(seed_keys(experiment)[1], rounds, len(units), fixed)
     return Population(
         sites=tuple(units),
         units=tuple(len(own) for own in units.values()),

@@ -85,16 +85,21 @@ def _updates(
     return Updates(deltas, weights if private else jnp.where(finite, weights, 0.0), norms, finite, below_clip)
 
 
+def site_noise(plan: RoundPlan, ids: Array, index: Array, number: int, attempt: int) -> tuple[Array, Array]:
+    """The keys [C] of the noise that sites add by themselves in a round, and its standard deviation [C]."""
+    assert plan.mechanism is not None
+    assert plan.secret_key is not None
+    key = secret_round_key(plan.secret_key, number, attempt, "site noise")
+    stddev = jnp.asarray(plan.mechanism.stddev * plan.mechanism.clip.norm, jnp.float32)
+    return jax.vmap(noises.site_noise_key, (None, 0))(key, ids), stddev[index]
+
+
 def noised_deltas(plan: RoundPlan, deltas: PyTree, ids: Array, index: Array, number: int, attempt: int) -> PyTree:
     """The deltas [C, ...] as they leave the sites: with the sites' own noise in local differential privacy."""
     mechanism = plan.mechanism
     if mechanism is None or mechanism.noised != "deltas":
         return deltas
-    assert plan.secret_key is not None
-    key = secret_round_key(plan.secret_key, number, attempt, "site noise")
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, ids)
-    stddev = jnp.asarray(mechanism.stddev * mechanism.clip.norm, jnp.float32)
-    return _noised_deltas(deltas, keys, stddev[index])
+    return _noised_deltas(deltas, *site_noise(plan, ids, index, number, attempt))
 
 
 @jax.jit
@@ -107,7 +112,7 @@ def nothing(plan: RoundPlan, adapters: PyTree) -> View | None:
     """The view before any client: an empty sum where one is released even if nobody takes part, else nothing."""
     if plan.mechanism is None or plan.mechanism.noised != "sum":
         return None
-    return Sum(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), adapters), jnp.float32(0))
+    return Sum(trees.zeros(adapters), jnp.float32(0))
 
 
 def join(view: View | None, kind: type, deltas: PyTree, weights: Array, real: int) -> View:

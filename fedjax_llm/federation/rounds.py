@@ -56,17 +56,12 @@ def initial_state(plan: RoundPlan, adapters: PyTree) -> RoundState:
         client_state["optimizer"] = jax.vmap(plan.trainer.optimizer.init)(trees.repeat(adapters, count))
     if plan.trainer.mix is not None:
         assert mechanism is not None
-        client_state["noise"] = trees.repeat(mechanism.correlated.init(_wide(adapters)), count)
+        client_state["noise"] = trees.repeat(mechanism.correlated.init(trees.zeros(adapters)), count)
     server_state = plan.aggregation.init(adapters)
-    privacy_state = release.initial_state(mechanism, _wide(adapters))
+    privacy_state = release.initial_state(mechanism, trees.zeros(adapters))
     if plan.setting == "local":
         adapters = trees.repeat(adapters, count)
     return RoundState(jnp.int32(0), adapters, server_state, client_state, privacy_state)
-
-
-def _wide(adapters: PyTree) -> PyTree:
-    """Zeros like the adapters, in f32, the type of sums and noise."""
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), adapters)
 
 
 def cohort_of(plan: RoundPlan, number: int, attempt: int = 0) -> np.ndarray:
@@ -140,7 +135,8 @@ def _run_chunk(
 ) -> _Chunk:
     """Local training of a chunk of the cohort, in a round and attempt."""
     clients, slots, mechanism = [plan.clients[i] for i in members], len(index), plan.mechanism
-    work = [_work(plan, int(i), *moment) for i in members]
+    past = _past(plan, moment[0])
+    work = [_work(plan, int(i), *moment, past) for i in members]
     ids = jnp.array([client.id for client in clients] + [0] * (slots - len(clients)))
     dropout = round_key(plan.key, moment[0], "dropout")
     if mechanism is not None:
@@ -174,7 +170,7 @@ def _run_chunk(
     )
 
 
-def _work(plan: RoundPlan, place: int, number: int, attempt: int) -> Sequence[Sequence[Any]]:
+def _work(plan: RoundPlan, place: int, number: int, attempt: int, past: np.ndarray | None) -> Sequence[Sequence[Any]]:
     """The batches of a client's round: Poisson samples of its units under a mechanism that samples them."""
     client, local, mechanism = plan.clients[place], plan.local, plan.mechanism
     if mechanism is None or mechanism.sampling is None:
@@ -183,20 +179,26 @@ def _work(plan: RoundPlan, place: int, number: int, attempt: int) -> Sequence[Se
         return sample_steps(key, client.examples, local.batch_size, steps, local.local_epochs)
     key = jax.random.fold_in(secret_round_key(_secret(plan), number, attempt, "units"), client.id)
     probability = float(mechanism.sampling[place])
-    cycle = _cycle(plan, place, number)
+    cycle = None if past is None else _cycle(plan, place, int(past[place]))
     return sample_units(key, client.units, probability, local.local_steps, mechanism.examples_per_unit, cycle)
 
 
-def _cycle(plan: RoundPlan, place: int, number: int) -> Cycle | None:
-    """Whose turn it is at a client under cyclic sampling; ``None`` where every unit may always take part."""
-    mechanism, client = plan.mechanism, plan.clients[place]
+def _past(plan: RoundPlan, number: int) -> np.ndarray | None:
+    """In how many earlier rounds each client took part, int [N]; ``None`` where units do not take turns."""
+    mechanism = plan.mechanism
     if mechanism is None or mechanism.correlated is None or mechanism.correlated.cyclic == 1:
         return None
+    return attendance(plan.key, number - 1, len(plan.clients), plan.cohort).sum(axis=0)
+
+
+def _cycle(plan: RoundPlan, place: int, past: int) -> Cycle:
+    """Whose turn it is at a client that took part in ``past`` rounds before."""
+    mechanism, client = plan.mechanism, plan.clients[place]
+    assert mechanism is not None
     groups = mechanism.correlated.cyclic
-    before = attendance(plan.key, number - 1, len(plan.clients), plan.cohort)[:, place].sum()
     names = [unit_name(unit[0].record_id, unit[0].owner, mechanism.unit) for unit in client.units]
     member = np.array([unit_group(name, groups, client.id) for name in names])
-    return Cycle(int(before) * plan.local.local_steps, groups, member)
+    return Cycle(past * plan.local.local_steps, groups, member)
 
 
 def _secret(plan: RoundPlan) -> Array:
@@ -209,10 +211,7 @@ def _secrets(plan: RoundPlan, ids: Array, index: Array, number: int, attempt: in
     """The keys and the size of the noise that sites add to their steps, where they do."""
     if plan.mechanism is None or plan.mechanism.noised != "steps":
         return None
-    key = secret_round_key(_secret(plan), number, attempt, "site noise")
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, ids)
-    stddev = jnp.asarray(plan.mechanism.stddev * plan.mechanism.clip.norm, jnp.float32)
-    return Secrets(keys, stddev[index])
+    return Secrets(*release.site_noise(plan, ids, index, number, attempt))
 
 
 def _weights(plan: RoundPlan, clients: Sequence[Client], slots: int) -> np.ndarray:

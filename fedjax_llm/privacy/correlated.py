@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedjax_llm import trees
 from fedjax_llm.errors import UserError
 from fedjax_llm.privacy.events import Event
 from fedjax_llm.types import PyTree
@@ -240,7 +241,7 @@ def _correlation(
     matrix = inverse()
 
     def init(template: PyTree) -> PyTree:
-        return matrix.init_multiply(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), template))
+        return matrix.init_multiply(trees.zeros(template))
 
     def mix(normals: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
         # Accelerators would round the factors of a product to 10 bits or fewer.

@@ -133,7 +133,7 @@ def start(trainer: Trainer, adapters: PyTree, optimizer: PyTree | None = None, n
     if optimizer is None:
         optimizer = jax.vmap(trainer.optimizer.init)(adapters)
     clients = jax.tree.leaves(adapters)[0].shape[0]
-    gradients = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), adapters)
+    gradients = trees.zeros(adapters)
     return LocalState(adapters, optimizer, gradients, jnp.zeros(clients), noise)
 
 

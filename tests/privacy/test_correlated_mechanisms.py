@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import regimes
 
 from fedjax_llm.errors import UserError
 from fedjax_llm.privacy.correlated import BandedToeplitz
@@ -13,25 +14,9 @@ from fedjax_llm.privacy.dp_fedsgd import DpFedSgd
 from fedjax_llm.privacy.dp_sgd import DpSgd
 from fedjax_llm.privacy.events import Event
 from fedjax_llm.privacy.guarantee import spent
-from fedjax_llm.privacy.mechanism import EVERY_SITE, Budget, Mechanism, Population, Regime
+from fedjax_llm.privacy.mechanism import EVERY_SITE, Budget, Mechanism, Population
 
-RECORDS = Regime(
-    setting="federated",
-    unit="record",
-    rounds=8,
-    cohort=None,
-    weighting="uniform",
-    batch_size=16,
-    local_steps=1,
-    local_epochs=None,
-    normalise="example",
-    optimizer="sgd",
-    learning_rate=1.0,
-    constant_rate=True,
-    proximal=0.0,
-    adapter_dtype="float32",
-    server_view="Sum",
-)
+RECORDS = regimes.REGIME._replace(rounds=8)
 TURNS = RECORDS._replace(cohort=1)
 EVERY_ROUND = Population(("a", "b"), (256, 40), (8, 8), (1, 1))
 IN_TURN = Population(("a", "b"), (256, 40), (2, 1), (4, 8))

@@ -6,6 +6,7 @@ from statistics import NormalDist
 
 import numpy as np
 import pytest
+import regimes
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,25 +18,9 @@ from fedjax_llm.privacy.dp_sgd import DpSgd
 from fedjax_llm.privacy.events import Event
 from fedjax_llm.privacy.guarantee import Privacy, build, spent
 from fedjax_llm.privacy.local_dp import LocalDp
-from fedjax_llm.privacy.mechanism import EVERY_SITE, AdaptiveClip, Budget, Mechanism, Population, Regime, releases
+from fedjax_llm.privacy.mechanism import EVERY_SITE, AdaptiveClip, Budget, Mechanism, Population, releases
 
-RECORDS = Regime(
-    setting="federated",
-    unit="record",
-    rounds=5,
-    cohort=None,
-    weighting="uniform",
-    batch_size=16,
-    local_steps=1,
-    local_epochs=None,
-    normalise="example",
-    optimizer="sgd",
-    learning_rate=1.0,
-    constant_rate=True,
-    proximal=0.0,
-    adapter_dtype="float32",
-    server_view="Sum",
-)
+RECORDS = regimes.REGIME
 SITES = RECORDS._replace(unit="site")
 THREE = Population(("a", "b", "c"), (64, 200, 10), (5, 5, 5), (1, 1, 1))
 GIVEN = Budget(None, 1e-5)

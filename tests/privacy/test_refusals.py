@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import pytest
+import regimes
 
 from fedjax_llm.errors import UserError
 from fedjax_llm.privacy.dp_fedavg import DpFedAvg
@@ -12,23 +13,7 @@ from fedjax_llm.privacy.guarantee import Privacy, build
 from fedjax_llm.privacy.local_dp import LocalDp
 from fedjax_llm.privacy.mechanism import AdaptiveClip, Budget, Population, Regime
 
-RECORDS = Regime(
-    setting="federated",
-    unit="record",
-    rounds=4,
-    cohort=None,
-    weighting="uniform",
-    batch_size=8,
-    local_steps=1,
-    local_epochs=None,
-    normalise="example",
-    optimizer="sgd",
-    learning_rate=1.0,
-    constant_rate=True,
-    proximal=0.0,
-    adapter_dtype="float32",
-    server_view="Sum",
-)
+RECORDS = regimes.REGIME._replace(rounds=4, batch_size=8)
 SITES = RECORDS._replace(unit="site", optimizer="adamw", learning_rate=1e-3, local_epochs=1)
 POPULATION = Population(tuple("abcdefgh"), (100,) * 8, (4,) * 8, (1,) * 8)
 GIVEN = Budget(None, 1e-5)

@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import regimes
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,27 +12,11 @@ from fedjax_llm.privacy.dp_fedavg import DpFedAvg
 from fedjax_llm.privacy.dp_sgd import DpSgd
 from fedjax_llm.privacy.events import Event
 from fedjax_llm.privacy.guarantee import Privacy, epsilons
-from fedjax_llm.privacy.mechanism import EVERY_SITE, Budget, Mechanism, Population, Regime
+from fedjax_llm.privacy.mechanism import EVERY_SITE, Budget, Mechanism, Population
 from fedjax_llm.privacy.participation import accounts
 from fedjax_llm.privacy.statement import NOT_COVERED, at_most, bound, line, not_covered, statement, warning
 
-REGIME = Regime(
-    setting="federated",
-    unit="patient",
-    rounds=3,
-    cohort=None,
-    weighting="uniform",
-    batch_size=16,
-    local_steps=2,
-    local_epochs=None,
-    normalise="example",
-    optimizer="sgd",
-    learning_rate=1.0,
-    constant_rate=True,
-    proximal=0.0,
-    adapter_dtype="float32",
-    server_view="Sum",
-)
+REGIME = regimes.REGIME._replace(unit="patient", rounds=3, local_steps=2)
 POPULATION = Population(("a", "b"), (64, 200), (3, 3), (1, 1), (("a", "b"),))
 PRIVACY = Privacy(DpSgd(0.5, 1.5, "layers"), "patient", budget_epsilon=9.0, real_data=False)
 
