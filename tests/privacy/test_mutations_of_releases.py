@@ -208,7 +208,7 @@ def test_a_clip_norm_of_an_earlier_round_is_found():
 def samples(plan: RoundPlan, number: int = 150) -> np.ndarray:
     """bool [S, U]: who takes part in every step of so many rounds at the first site."""
     names = [unit[0].record_id for unit in plan.clients[0].units]
-    steps = [step for i in range(1, number + 1) for step in rounds._work(plan, 0, i, 0)]
+    steps = [step for i in range(1, number + 1) for step in rounds._work(plan, 0, i, 0, rounds._past(plan, i))]
     return np.array([[name in {unit[0].record_id for unit in step} for name in names] for step in steps])
 
 
