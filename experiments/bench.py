@@ -84,6 +84,7 @@ class Bench:
       length: L, tokens an example.
       repeats: timed repeats after one warm-up.
       peers: also time the peers, taking turns.
+      only: of the peers, those that are named.
       turns: how often ours and each peer take turns.
       peer_python: the interpreter of the peers' environment.
       json: print JSON lines rather than a table.
@@ -96,6 +97,7 @@ class Bench:
     length: int = 64
     repeats: int = 5
     peers: bool = False
+    only: tuple[str, ...] = tuple(peer.name for peer in PEERS)
     turns: int = 3
     peer_python: Path = field(default_factory=lambda: Path(".venv-peers/bin/python"))
     json: bool = False
@@ -243,7 +245,7 @@ def peer_cases(bench: Bench, base: BaseModel, plain: Work, private: Work) -> Ite
     """
     if not bench.peer_python.exists():
         raise UserError(f"{bench.peer_python} does not exist; `make peers` creates the peers' environment")
-    for peer in PEERS:
+    for peer in (peer for peer in PEERS if peer.name in bench.only):
         rounds, trainings, own = [], [], []
         for _ in range(bench.turns):
             lines = run_peer(bench, base, peer.options)
