@@ -80,12 +80,15 @@ class Output:
       keep_best: checkpoints with the lowest held-out loss that are kept besides (where there is validation).
       select: which adapters are the result: those of the last round, or of the best validation.
       bandwidth_mbps: of a site's line, for the seconds that communication would take.
+      aggregation_error: whether every round measures what averaging the factors loses (memory for two copies of the
+        adapted matrices).
     """
 
     keep_last: int = 2
     keep_best: int = 1
     select: Literal["last", "best"] = "last"
     bandwidth_mbps: float = 20.0
+    aggregation_error: bool = True
 
     def __post_init__(self) -> None:
         """Refuses impossible values."""
@@ -140,6 +143,11 @@ class Experiment:
             raise UserError(
                 "output.select is 'best', but evaluation.validation_every is 0: without validation no round is the best"
             )
+        if self.lora.ranks and self.setting == "federated" and not self.aggregation.make().ranks:
+            raise UserError(
+                f"lora.ranks is {self.lora.ranks}, but {type(self.aggregation).__name__} cannot aggregate adapters of "
+                "different ranks; choose FlexLora, HetLora, FLora or FedAvg, or set lora.ranks to ()"
+            )
         if self.privacy.mechanism is not None and self.setting != "base":
             self.privacy.check(regime_of(self))
 
@@ -147,7 +155,8 @@ class Experiment:
 def regime_of(experiment: Experiment) -> Regime:
     """What a privacy mechanism must know of an experiment."""
     local, federation = experiment.training, experiment.federation
-    flat = experiment.setting == "centralised"  # plain training: no cohort, no server's algorithm
+    flat = experiment.setting == "centralised"  # plain training: no cohort
+    algorithm = (experiment.aggregation if experiment.setting == "federated" else FedAvg()).make()
     return Regime(
         setting=experiment.setting,
         unit=experiment.privacy.unit,
@@ -163,7 +172,11 @@ def regime_of(experiment: Experiment) -> Regime:
         constant_rate=local.round_schedule.shape == local.local_schedule.shape == "constant",
         proximal=local.proximal,
         adapter_dtype=experiment.lora.dtype,
-        server_view="Sum" if flat else experiment.aggregation.make().view.__name__,
+        server_view=algorithm.view.__name__,
+        messages="deltas" if algorithm.client.report is None else "other",
+        probes=algorithm.client.probe,
+        ranks=bool(experiment.lora.ranks),
+        own=algorithm.own is not None,
     )
 
 

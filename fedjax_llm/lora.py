@@ -6,7 +6,7 @@ that fresh adapters change nothing.
 
 import fnmatch
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,6 +33,7 @@ class Lora:
       dropout: probability of dropping a component of the adapter's input in training.
       init: of ``a``: ``kaiming`` is uniform within 1 / sqrt(in) (PEFT's default), ``gaussian`` has deviation 1 / rank.
       dtype: of the adapters.
+      ranks: how many components the clients train, dealt out to the sites in turn; empty: all train ``rank``.
       train: ``both`` factors, or ``b`` alone, with ``a`` as it was drawn (FFA-LoRA, Sun et al. 2024, arXiv 2403.12313):
         half as much travels, the clients' mean is exact, and noise enters linearly.
     """
@@ -45,11 +46,14 @@ class Lora:
     init: Literal["kaiming", "gaussian"] = "kaiming"
     dtype: Literal["float32", "bfloat16"] = "float32"
     train: Literal["both", "b"] = "both"
+    ranks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuses impossible values."""
         if self.rank < 1:
             raise UserError(f"lora.rank is {self.rank}; it must be at least 1")
+        if any(not 1 <= rank <= self.rank for rank in self.ranks):
+            raise UserError(f"lora.ranks is {self.ranks}; each must be at least 1 and at most lora.rank, {self.rank}")
         if self.alpha <= 0:
             raise UserError(f"lora.alpha is {self.alpha}; it must be positive")
         if not 0 <= self.dropout < 1:
@@ -109,35 +113,57 @@ def init(key: Array, lora: Lora, model: CausalLM) -> Adapters:
     return adapters
 
 
+def partition(adapters: Adapters, holds: Callable[[str, str], bool] | None) -> tuple[Adapters, Adapters]:
+    """The factors for which ``holds(module, factor)``, and the others; ``None`` holds for none."""
+
+    def those(wanted: bool) -> Adapters:
+        found = {
+            path: {name: leaf for name, leaf in own.items() if (holds is not None and holds(path, name)) is wanted}
+            for path, own in adapters.items()
+        }
+        return {path: factors for path, factors in found.items() if factors}
+
+    return those(True), those(False)
+
+
 def split(adapters: Adapters, train: Literal["both", "b"]) -> tuple[Adapters, Adapters]:
     """The factors that are trained, and those that stay as they are."""
-    if train == "both":
-        return adapters, {}
-    trained = {path: {"b": factors["b"]} for path, factors in adapters.items()}
-    return trained, {path: {"a": factors["a"]} for path, factors in adapters.items()}
+    return partition(adapters, lambda path, name: train == "both" or name == train)
 
 
-def join(trained: Adapters, frozen: Adapters) -> Adapters:
-    """The inverse of :func:`split`. Trained factors may have leading axes that frozen ones lack."""
-    return {path: {**frozen.get(path, {}), **factors} for path, factors in trained.items()}
+def join(one: Adapters, other: Adapters) -> Adapters:
+    """The factors of both: the inverse of :func:`partition`. One may have leading axes that the other lacks."""
+    paths = dict.fromkeys((*one, *other))
+    return {path: {**other.get(path, {}), **one.get(path, {})} for path in paths}
+
+
+def rank_of(adapters: Adapters) -> int:
+    """R, of whole adapters."""
+    return next(iter(adapters.values()))["a"].shape[-1]
+
+
+def whole(adapters: Adapters) -> Adapters:
+    """Factors ``a`` and ``b`` alone: a core ``c`` [.., R, R] between them (Fed-SB) is multiplied into ``b``."""
+    exact, found = jax.lax.Precision.HIGHEST, {}
+    for path, factors in adapters.items():
+        b = factors["b"]
+        if "c" in factors:
+            b = jnp.matmul(factors["c"].astype(jnp.float32), b.astype(jnp.float32), precision=exact)
+        found[path] = {"a": factors["a"], "b": b}
+    return found
 
 
 def scaled(adapters: Adapters, scaling: float) -> Adapters:
     """The factors as the model takes them: f32, with alpha / rank folded into ``b``."""
     return {
         path: {"a": factors["a"].astype(jnp.float32), "b": factors["b"].astype(jnp.float32) * scaling}
-        for path, factors in adapters.items()
+        for path, factors in whole(adapters).items()
     }
 
 
 def merge(params: Params, adapters: Adapters, scaling: float) -> Params:
     """Weights with the adapters added in: ``W + (alpha / R) a b``. The input is left as it is."""
-    layers = list(params["layers"])
-    for path, factors in scaled(adapters, scaling).items():
-        _, layer, within = path.split(".", 2)
-        change = factors["a"] @ factors["b"]
-        layers[int(layer)] = _with_kernel(layers[int(layer)], within.split("."), change)
-    return params | {"layers": tuple(layers)}
+    return add(params, {path: factors["a"] @ factors["b"] for path, factors in scaled(adapters, scaling).items()})
 
 
 def _with_kernel(tree: Mapping[str, PyTree], path: list[str], change: Array) -> PyTree:
@@ -146,6 +172,43 @@ def _with_kernel(tree: Mapping[str, PyTree], path: list[str], change: Array) -> 
         kernel = tree["kernel"]
         return {**tree, "kernel": (kernel.astype(jnp.float32) + change).astype(kernel.dtype)}
     return {**tree, path[0]: _with_kernel(tree[path[0]], path[1:], change)}
+
+
+def masked(adapters: Adapters, live: Mapping[str, Array]) -> Adapters:
+    """Every factor times the number that ``live`` holds for its name, 0 or 1."""
+    return {
+        path: {name: leaf * live[name].astype(leaf.dtype) for name, leaf in factors.items()}
+        for path, factors in adapters.items()
+    }
+
+
+def truncated(adapters: Adapters, rank: Array) -> Adapters:
+    """The first ``rank`` components of factors of rank R; the others are zero, where no gradient moves them."""
+
+    def cut(name: str, leaf: Array) -> Array:
+        axis = {"a": -1, "b": -2}[name]
+        kept = jnp.arange(leaf.shape[axis]) < rank
+        return jnp.where(kept if axis == -1 else kept[:, None], leaf, 0)
+
+    return {path: {name: cut(name, leaf) for name, leaf in factors.items()} for path, factors in adapters.items()}
+
+
+def products(adapters: Adapters) -> dict[str, Array]:
+    """Module -> ``a b`` [..., in, out] in full f32, without the scaling."""
+    exact = jax.lax.Precision.HIGHEST
+    return {
+        path: jnp.matmul(factors["a"].astype(jnp.float32), factors["b"].astype(jnp.float32), precision=exact)
+        for path, factors in whole(adapters).items()
+    }
+
+
+def add(params: Params, change: Mapping[str, Array]) -> Params:
+    """Weights with ``change`` [in, out] added to the kernels of the named modules. The input is left as it is."""
+    layers = list(params["layers"])
+    for path, added in change.items():
+        _, layer, within = path.split(".", 2)
+        layers[int(layer)] = _with_kernel(layers[int(layer)], within.split("."), added)
+    return params | {"layers": tuple(layers)}
 
 
 def size(adapters: PyTree) -> int:

@@ -56,6 +56,14 @@ def norms(tree: PyTree) -> Array:
     return jnp.sqrt(jnp.sum(jnp.stack(squares), axis=0))
 
 
+def finite(tree: PyTree) -> Array | bool:
+    """[C]: whether all of a client's entries are finite; of a tree without leaves, they are."""
+    every: Array | bool = True
+    for leaf in jax.tree.leaves(tree):
+        every = every & jnp.all(jnp.isfinite(leaf), axis=tuple(range(1, leaf.ndim)))
+    return every
+
+
 def subtract(one: PyTree, other: PyTree) -> PyTree:
     """``one - other``, leaf by leaf, with broadcasting."""
     return jax.tree.map(jnp.subtract, one, other)

@@ -42,7 +42,7 @@ ZERO, UP, DOWN, MODEST, ODD = range(5)
 """Gradients: none; above the clip norm; ten times as far in the opposite direction; below it; above it elsewhere."""
 Sites = Mapping[str, Sequence[EncodedExample]]
 _COMPILED_WITH = {
-    "gaussian": (client_update.step, release._noised_deltas, release._noised_sum),
+    "gaussian": (client_update.step, release._noised_messages, release._noised_sum),
     "step_key": (client_update.step,),
     "clip_units": (client_update._accumulate, release._updates),
     "example_gradients": (client_update._accumulate,),
@@ -186,7 +186,7 @@ def moves(plan: RoundPlan, number: int = 1, attempt: int = 0) -> np.ndarray:
     """f64 [rounds, (clients,) leaves, N]: what each round adds to the adapters (or uploads, for :data:`UPLOADS`)."""
     states, _ = play(plan, number, attempt=attempt)
     if plan.aggregation is UPLOADS:
-        return np.stack([_flat(state.server_state.deltas, 1) for state in states])
+        return np.stack([_flat(state.server_state.messages, 1) for state in states])
     flat = np.stack([_flat(state.adapters, int(plan.setting == "local")) for state in states])
     return np.diff(flat, axis=0, prepend=0)
 

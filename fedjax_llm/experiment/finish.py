@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from fedjax_llm.data.chat import LengthReport
 from fedjax_llm.errors import UserError
 from fedjax_llm.evaluation import evaluate, generation
 from fedjax_llm.experiment.prepare import Prepared
-from fedjax_llm.experiment.training_loop import TIMING, Ended, Validate, exchange_in
+from fedjax_llm.experiment.training_loop import TIMING, Ended, Validate
+from fedjax_llm.federation import effective
 from fedjax_llm.federation.communication import totals
 from fedjax_llm.federation.plan import RoundPlan
+from fedjax_llm.models.loading import BaseModel
 from fedjax_llm.privacy import guarantee, ledger, statement
 from fedjax_llm.runs import directory, environment, metrics
 from fedjax_llm.runs.progress import RunProgress
@@ -33,21 +36,39 @@ def validation_of(prepared: Prepared, plan: RoundPlan) -> Validate | None:
     if not held_out.validation:
         return None
 
-    def validate(adapters: PyTree) -> dict[str, Any]:
-        by_site = adapters_of(plan, held_out.validation, adapters)
-        return evaluate.validate(prepared.base, prepared.lora.scaling, by_site, held_out, plan.trunk)
+    def validate(state: RoundState) -> dict[str, Any]:
+        by_site = adapters_of(plan, held_out.validation, state)
+        return evaluate.validate(tuned_base(prepared, state), prepared.lora.scaling, by_site, held_out, plan.trunk)
 
     return validate
 
 
-def adapters_of(plan: RoundPlan, sites: Iterable[str], adapters: PyTree) -> dict[str, Adapters]:
-    """The whole adapters that each site uses: all the same, or in the setting local each its own."""
-    if plan.setting != "local":
-        return dict.fromkeys(sites, low_rank.join(adapters, plan.frozen))
+def tuned_base(prepared: Prepared, state: RoundState) -> BaseModel:
+    """The base model with what the algorithm has moved into its weights."""
+    if prepared.plan is None:
+        return prepared.base
+    return replace(prepared.base, params=effective.params(prepared.plan, prepared.base.params, state.server_state))
+
+
+def personal(plan: RoundPlan) -> bool:
+    """Whether each site ends with adapters of its own."""
+    return plan.setting == "local" or plan.aggregation.personal is not None or plan.aggregation.own is not None
+
+
+def adapters_of(plan: RoundPlan, sites: Iterable[str], state: RoundState) -> dict[str, Adapters]:
+    """The whole adapters that each site uses: all the same, or each its own."""
+    if not personal(plan):
+        return dict.fromkeys(sites, low_rank.join(state.adapters, plan.frozen))
     slots = {client.name: slot for slot, client in enumerate(plan.clients)}
 
     def own(site: str) -> Adapters:
-        return low_rank.join(jax.tree.map(lambda leaf: leaf[slots[site]], adapters), plan.frozen)
+        def of_site(tree: PyTree) -> PyTree:
+            return jax.tree.map(lambda leaf: leaf[slots[site]], tree)
+
+        if "own" in state.client_state:
+            return low_rank.join(of_site(state.client_state["own"]), plan.frozen)
+        shared = of_site(state.adapters) if plan.setting == "local" else state.adapters
+        return low_rank.join(low_rank.join(shared, of_site(state.client_state.get("personal", {}))), plan.frozen)
 
     return {site: own(site) for site in sites}
 
@@ -83,24 +104,24 @@ def _evaluation(prepared: Prepared, state: RoundState | None, progress: RunProgr
     base, scaling, held_out = prepared.base, prepared.lora.scaling, prepared.held_out
     # Adapters of zeros are exactly the base model, and need no programs of their own to be compiled.
     nothing: Adapters = jax.tree.map(jnp.zeros_like, low_rank.join(prepared.adapters, prepared.frozen))
-    models = {"base": dict.fromkeys(held_out.test, nothing)}
+    models = {"base": (base, dict.fromkeys(held_out.test, nothing))}
     if state is not None and prepared.plan is not None:
-        models["final"] = adapters_of(prepared.plan, held_out.test, state.adapters)
+        models["final"] = (tuned_base(prepared, state), adapters_of(prepared.plan, held_out.test, state))
     trunk = None if prepared.plan is None else prepared.plan.trunk
     found: dict[str, Any] = {}
     answers: dict[str, list[str]] = {}
-    for name, adapters in models.items():
+    for name, (model, adapters) in models.items():
         label = {"base": "base model", "final": "tuned model"}[name]
 
         def phase(title: str, total: int | None = None, label: str = label) -> Phase:
             return progress.phase(f"{title}, {label}", total)
 
-        found[name] = evaluate.evaluate_sites(base, scaling, adapters, held_out, phase, trunk)
+        found[name] = evaluate.evaluate_sites(model, scaling, adapters, held_out, phase, trunk)
         _check_finite(found[name], label)
         if held_out.prompts:
             longest = prepared.experiment.evaluation.max_new_tokens
             with phase("Greedy answers"):
-                answers[name] = generation.answers(base, scaling, adapters, held_out.prompts, max_new_tokens=longest)
+                answers[name] = generation.answers(model, scaling, adapters, held_out.prompts, max_new_tokens=longest)
     found.setdefault("final", found["base"])  # nothing was trained: the result is the base model
     before = answers.get("base", [])
     found["generations"] = generation.side_by_side(held_out.prompts, before, answers.get("final", before))
@@ -120,14 +141,14 @@ def _check_finite(evaluation: Mapping[str, Any], label: str) -> None:
 
 
 def export(prepared: Prepared, state: RoundState, folder: Path) -> None:
-    """Writes ``adapter/`` in PEFT's format; in the setting local, ``adapters/<site>/`` for every site."""
+    """Writes ``adapter/`` in PEFT's format; where sites have their own, ``adapters/<site>/`` for every site."""
     assert prepared.plan is not None
-    if prepared.plan.setting != "local":
+    if not personal(prepared.plan):
         whole = low_rank.join(state.adapters, prepared.frozen)
         peft.write_adapter(folder / "adapter", whole, prepared.lora, prepared.base.name)
         return
     names = [client.name for client in prepared.plan.clients]
-    for name, own in adapters_of(prepared.plan, names, state.adapters).items():
+    for name, own in adapters_of(prepared.plan, names, state).items():
         peft.write_adapter(folder / "adapters" / name, own, prepared.lora, prepared.base.name)
 
 
@@ -181,10 +202,15 @@ def _training(prepared: Prepared, folder: Path) -> dict[str, Any]:
     lines = metrics.read(log) if prepared.plan is not None and log.exists() else []
     seconds, compiling = (sum(line["timing"][name] for line in lines) for name in ("seconds", "compile_seconds"))
     tokens = sum(line["tokens"] for line in lines)
+    model = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(prepared.base.params))
+    each = [[site["download_bytes"] + site["upload_bytes"] for site in line["sites"].values()] for line in lines]
     exchanged = totals(
-        exchange_in(prepared),
-        rounds=len(lines),
+        download=sum(line["download_bytes"] for line in lines),
+        upload=sum(line["upload_bytes"] for line in lines),
+        longest=sum(max(sizes, default=0) for sizes in each),
+        full_model=model if prepared.experiment.setting == "federated" else 0,
         client_rounds=sum(len(line["cohort"]) for line in lines),
+        rounds=len(lines),
         bandwidth_mbps=prepared.experiment.output.bandwidth_mbps,
     )
     return {

@@ -149,6 +149,8 @@ def _plan(
     cohort = cohort_size(experiment, len(train))
     clients = clients_of(experiment.setting, train, privacy.unit if mechanism is not None else None)
     local = local_training_of(experiment.setting, experiment.training, cohort)
+    # Without a federation there is plain training: no algorithm comes on top of the client's own optimiser.
+    aggregation = (experiment.aggregation if experiment.setting == "federated" else FedAvg()).make()
     return RoundPlan(
         setting=experiment.setting,
         trainer=trainer_of(
@@ -158,9 +160,9 @@ def _plan(
             # Only where there is a server to stay close to.
             local.proximal if experiment.setting == "federated" else 0.0,
             mechanism,
+            aggregation.client.gradient,
         ),
-        # The one client of the setting centralised is plain training: no server optimiser comes on top of its own.
-        aggregation=(FedAvg() if experiment.setting == "centralised" else experiment.aggregation).make(),
+        aggregation=aggregation,
         federation=experiment.federation,
         local=local,
         execution=experiment.execution,
@@ -175,6 +177,10 @@ def _plan(
         key=key,
         frozen=frozen,
         mechanism=mechanism,
+        ranks=tuple(lora.ranks[i % len(lora.ranks)] for i in range(len(clients)))
+        if lora.ranks and experiment.setting == "federated"
+        else (),
+        measure_error=experiment.output.aggregation_error,
     )
 
 
@@ -219,11 +225,16 @@ def _trunk(
 
 
 def trainer_of(
-    model: CausalLM, scaling: float, local: LocalTraining, proximal: float, mechanism: Mechanism | None
+    model: CausalLM,
+    scaling: float,
+    local: LocalTraining,
+    proximal: float,
+    mechanism: Mechanism | None,
+    correct: Callable[..., Any] | None = None,
 ) -> Trainer:
-    """The static half of local training, with what a privacy mechanism asks of it."""
+    """The static half of local training, with what a privacy mechanism and an algorithm ask of it."""
     if mechanism is None:
-        return Trainer(model, scaling, local.optimizer.make(), proximal)
+        return Trainer(model, scaling, local.optimizer.make(), proximal, correct=correct)
     noisy = mechanism.noised == "steps"
     return Trainer(
         model=model,
@@ -234,6 +245,7 @@ def trainer_of(
         grouped=mechanism.examples_per_unit > 1,
         noisy=noisy,
         mix=mechanism.correlated.mix if noisy and mechanism.correlated is not None else None,
+        correct=correct,
     )
 
 

@@ -9,12 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedjax_llm import lora as low_rank
 from fedjax_llm.errors import UserError
 from fedjax_llm.experiment.charging import BudgetSpent, Charge, charge, open_account
 from fedjax_llm.experiment.compilation import CompileClock
 from fedjax_llm.experiment.prepare import Prepared
-from fedjax_llm.federation.communication import Exchange, exchange_of
 from fedjax_llm.federation.plan import RoundPlan, RoundReport
 from fedjax_llm.federation.rounds import initial_state, run_round
 from fedjax_llm.runs import environment
@@ -22,12 +20,12 @@ from fedjax_llm.runs.checkpoints import Checkpoints
 from fedjax_llm.runs.metrics import MetricsLog
 from fedjax_llm.runs.progress import RunProgress
 from fedjax_llm.runs.tensorboard import Scalars
-from fedjax_llm.types import PyTree, RoundState
+from fedjax_llm.types import RoundState
 
 TIMING = ("train_seconds", "tokens_per_second", "compile_seconds", "peak_rss_bytes")
 """The keys of ``summary.json`` that depend on the machine and the moment."""
-Validate = Callable[[PyTree], dict[str, Any]]
-"""Adapters -> ``{"nll", "sites"}`` on validation records."""
+Validate = Callable[[RoundState], dict[str, Any]]
+"""State -> ``{"nll", "sites"}`` on validation records."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,6 @@ def run_rounds(prepared: Prepared, plan: RoundPlan, loop: Loop, progress: RunPro
         done = int(state.round)
         log = MetricsLog(loop.folder / "metrics.jsonl")
         log.truncate_after(done)
-        exchange = exchange_in(prepared)
         with Scalars(loop.folder / "tensorboard", done + 1 if loop.resume else None) as scalars:
             while done < plan.federation.rounds:
                 try:
@@ -83,7 +80,7 @@ def run_rounds(prepared: Prepared, plan: RoundPlan, loop: Loop, progress: RunPro
                     stopped = str(spent)
                     progress.say(f"The privacy budget ends the run: {stopped}.")
                     break
-                state, line = _one_round(prepared, plan, state, loop, exchange, charged)
+                state, line = _one_round(prepared, plan, state, loop, charged)
                 log.append(line)  # before the checkpoint: a resumed run drops it or has it
                 validation = line["validation"]
                 extra = {"fingerprint": loop.fingerprint, "ledger": None if account is None else account.head}
@@ -122,7 +119,6 @@ def _one_round(
     plan: RoundPlan,
     state: RoundState,
     loop: Loop,
-    exchange: Exchange,
     charged: Charge | None,
 ) -> tuple[RoundState, dict[str, Any]]:
     """A round, its validation where one is due, and its line of metrics."""
@@ -132,7 +128,7 @@ def _one_round(
     spent, compiling = time.perf_counter() - began, loop.clock.seconds - compiled
     number, every = int(state.round), prepared.experiment.evaluation.validation_every
     due = loop.validate is not None and every and (number % every == 0 or number == plan.federation.rounds)
-    validation = loop.validate(state.adapters) if due and loop.validate else None
+    validation = loop.validate(state) if due and loop.validate else None
     timing = {
         "seconds": spent,
         "compile_seconds": compiling,
@@ -140,13 +136,12 @@ def _one_round(
         "peak_rss_bytes": environment.peak_rss_bytes(),
     }
     epsilon = None if charged is None else charged.epsilon
-    return state, metrics_line(number, report, exchange, validation, epsilon) | {"timing": timing}
+    return state, metrics_line(number, report, validation, epsilon) | {"timing": timing}
 
 
 def metrics_line(
     number: int,
     report: RoundReport,
-    exchange: Exchange,
     validation: Mapping[str, Any] | None,
     epsilon: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -159,9 +154,10 @@ def metrics_line(
             "tokens": client.tokens,
             "examples": client.examples,
             "update_norm": client.update_norm,
-            "download_bytes": exchange.download,
-            "upload_bytes": exchange.upload,
+            "download_bytes": client.download_bytes,
+            "upload_bytes": client.upload_bytes,
         }
+        | ({} if client.rank is None else {"rank": client.rank})
         for client in report.clients
     }
     return {
@@ -172,16 +168,11 @@ def metrics_line(
         "sites": sites,
         "tokens": report.tokens,
         "padded_tokens": report.padded_tokens,
-        "download_bytes": exchange.download * len(report.clients),
-        "upload_bytes": exchange.upload * len(report.clients),
+        "download_bytes": sum(client.download_bytes for client in report.clients),
+        "upload_bytes": sum(client.upload_bytes for client in report.clients),
         "update_norm": report.update_norm,
         "clip_norm": report.clip_norm,
+        "aggregation_error": report.aggregation_error,
         "validation": validation,
         "epsilon": epsilon,
     }
-
-
-def exchange_in(prepared: Prepared) -> Exchange:
-    """What a client exchanges in a round, and what one copy of the base model in its own type would take."""
-    model = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(prepared.base.params))
-    return exchange_of(prepared.experiment.setting, low_rank.nbytes(prepared.adapters), model)

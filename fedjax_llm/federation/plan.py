@@ -85,6 +85,9 @@ class RoundPlan(NamedTuple):
       mechanism: of privacy; ``None``: no differential privacy.
       secret_key: of what privacy rests on: who is sampled, and the noise.
       trunk: keeps the hidden states below the adapters; ``None``: they are computed each time.
+      ranks: how many components of the adapters each client trains, [N]; empty: all of them.
+      offset: what is added to the frozen weights of adapted modules (PiSSA's remainder), module -> [in, out].
+      measure_error: whether each round measures what averaging the factors loses.
     """
 
     setting: Setting
@@ -101,6 +104,9 @@ class RoundPlan(NamedTuple):
     mechanism: Mechanism | None = None
     secret_key: Array | None = None
     trunk: TrunkCache | None = None
+    ranks: tuple[int, ...] = ()
+    offset: dict[str, Array] = {}  # noqa: RUF012  (never written to)
+    measure_error: bool = True
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,7 @@ class ClientReport:
     """What a client did in a round.
 
     ``loss`` is in nats a target token, ``None`` where no example was sampled; ``included`` says whether the update was
-    finite.
+    finite. ``rank`` is that of its adapters, where clients differ.
     """
 
     name: str
@@ -117,6 +123,9 @@ class ClientReport:
     examples: int
     update_norm: float
     included: bool
+    download_bytes: int = 0
+    upload_bytes: int = 0
+    rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +133,8 @@ class RoundReport:
     """What happened in a round.
 
     Tokens are counted without and with padding. ``clip_norm`` is the bound on a unit's contribution, if there is one.
+    ``aggregation_error`` is the distance of the server's effective weights' change from the weighted mean of the
+    clients', relative to that mean (Frobenius norms over all adapted modules); ``None`` where it is not measured.
     """
 
     clients: tuple[ClientReport, ...]
@@ -131,3 +142,4 @@ class RoundReport:
     padded_tokens: int
     update_norm: float
     clip_norm: float | None = None
+    aggregation_error: float | None = None

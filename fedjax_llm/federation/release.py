@@ -1,4 +1,4 @@
-"""From the clients' ends of a round to what the server may see: deltas, bounded and blurred as the mechanism says."""
+"""From the clients' ends of a round to what the server may see: messages, bounded and blurred as the mechanism says."""
 
 from functools import partial
 from typing import NamedTuple
@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from fedjax_llm import lora as low_rank
 from fedjax_llm import trees
 from fedjax_llm.federation.plan import RoundPlan
 from fedjax_llm.federation.sampling import secret_round_key
@@ -14,26 +15,47 @@ from fedjax_llm.privacy import noise as noises
 from fedjax_llm.privacy.clipping import Clip, clip_units
 from fedjax_llm.privacy.mechanism import AdaptiveClip, Mechanism
 from fedjax_llm.training.client_update import LocalState
-from fedjax_llm.types import PyTree, Stack, Sum, View
+from fedjax_llm.types import Local, PyTree, Stack, Sum, Trained, View
+
+
+class Outcome(NamedTuple):
+    """A chunk after local training.
+
+    Attributes:
+      ended: the clients' states.
+      local: what they knew, leaves [C, ...].
+      steps: f32 [C], optimiser steps.
+      rate: f32 [C], the sums of their learning rates.
+      probe: (losses [C], gradients [C, ...]) where they started; ``()`` without a probe.
+    """
+
+    ended: LocalState
+    local: Local
+    steps: Array
+    rate: Array
+    probe: tuple[Array, PyTree] | tuple[()] = ()
 
 
 class Updates(NamedTuple):
     """A chunk's updates.
 
     Attributes:
-      deltas: leaves [C, ...], bounded where the mechanism bounds them; zero where they are not finite.
+      messages: leaves [C, ...], what travels: deltas, or what the algorithm asks for; bounded where the mechanism
+        bounds them; zero where they are not finite.
       weights: f32 [C].
-      norms: f32 [C], before any clipping. Not covered by a guarantee.
+      norms: f32 [C], of the deltas of the shared adapters before any clipping. Not covered by a guarantee.
       finite: bool [C].
       below_clip: of the clients with a weight, how many were not clipped, less half of them: the count that adaptive
         clipping blurs, centred so that one client changes it by a half.
+      memory: what the clients keep for the algorithm; as it was where the update is not finite.
     """
 
-    deltas: PyTree
+    messages: PyTree
     weights: Array
     norms: Array
     finite: Array
     below_clip: Array
+    memory: PyTree
 
 
 def initial_state(mechanism: Mechanism | None, template: PyTree) -> dict[str, PyTree]:
@@ -51,38 +73,44 @@ def clip_norm(mechanism: Mechanism, privacy_state: dict[str, PyTree]) -> Array:
     return privacy_state.get("clip_norm", jnp.float32(mechanism.clip.norm))
 
 
-def updates(
-    plan: RoundPlan, ended: LocalState, anchor: PyTree, weights: Array, privacy_state: dict[str, PyTree]
-) -> Updates:
-    """Deltas of clients [C] from where they started.
+def updates(plan: RoundPlan, outcome: Outcome, weights: Array, privacy_state: dict[str, PyTree]) -> Updates:
+    """What clients [C] send.
 
     Without a mechanism, a client whose update or loss is not finite is left out, by weight zero. With one, that would
     tell something that no noise covers: its delta is zero, and its weight stays.
     """
-    mechanism = plan.mechanism
-    bound = None
+    mechanism, rule = plan.mechanism, plan.aggregation.client
+    clip, bound = None, None
     if mechanism is not None and mechanism.clipped == "deltas":
-        bound = (mechanism.clip, clip_norm(mechanism, privacy_state))
-    private = mechanism is not None
-    scope = bound[0] if bound else None
-    return _updates(private, scope, ended, anchor, jnp.asarray(weights), None if bound is None else bound[1])
+        clip, bound = mechanism.clip, clip_norm(mechanism, privacy_state)
+    static = (mechanism is not None, clip, rule.report, plan.aggregation.personal)
+    return _updates(*static, outcome, jnp.asarray(weights), bound)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _updates(
-    private: bool, clip: Clip | None, ended: LocalState, anchor: PyTree, weights: Array, bound: Array | None
+    private: bool, clip: Clip | None, report, personal, outcome: Outcome, weights: Array, bound: Array | None
 ) -> Updates:
     """The computation of :func:`updates`."""
-    deltas = jax.tree.map(lambda new, old: new.astype(jnp.float32) - old.astype(jnp.float32), ended.adapters, anchor)
-    norms = trees.norms(deltas)
+    ended, local = outcome.ended, outcome.local
+    end, start = (low_rank.partition(tree, personal)[1] for tree in (ended.adapters, local.start))
+    deltas = jax.tree.map(lambda new, old: new.astype(jnp.float32) - old.astype(jnp.float32), end, start)
+    norms, memory = trees.norms(deltas), local.memory
     finite = jnp.isfinite(norms) if private else jnp.isfinite(norms) & jnp.isfinite(ended.loss)
-    deltas = trees.select(finite, deltas, jax.tree.map(jnp.zeros_like, deltas))
+    messages = deltas
+    if report is not None:
+        trained = Trained(deltas, end, outcome.steps, outcome.rate, *outcome.probe)
+        messages, memory = jax.vmap(report)(trained, local._replace(start=start))
+        finite = finite & trees.finite(messages) & trees.finite(memory)
+        memory = trees.select(finite, memory, local.memory)
+    messages = trees.select(finite, messages, jax.tree.map(jnp.zeros_like, messages))
     below_clip = jnp.float32(0)
     if clip is not None:
         assert bound is not None
         below_clip = jnp.sum(jnp.where(weights > 0, (finite & (norms <= bound)) - 0.5, 0.0))
-        deltas = clip_units(deltas, clip, bound)
-    return Updates(deltas, weights if private else jnp.where(finite, weights, 0.0), norms, finite, below_clip)
+        messages = clip_units(messages, clip, bound)
+    weights = weights if private else jnp.where(finite, weights, 0.0)
+    return Updates(messages, weights, norms, finite, below_clip, memory)
 
 
 def site_noise(plan: RoundPlan, ids: Array, index: Array, number: int, attempt: int) -> tuple[Array, Array]:
@@ -94,18 +122,18 @@ def site_noise(plan: RoundPlan, ids: Array, index: Array, number: int, attempt: 
     return jax.vmap(noises.site_noise_key, (None, 0))(key, ids), stddev[index]
 
 
-def noised_deltas(plan: RoundPlan, deltas: PyTree, ids: Array, index: Array, number: int, attempt: int) -> PyTree:
-    """The deltas [C, ...] as they leave the sites: with the sites' own noise in local differential privacy."""
+def noised_messages(plan: RoundPlan, messages: PyTree, ids: Array, index: Array, number: int, attempt: int) -> PyTree:
+    """Messages [C, ...] as they leave the sites: with the sites' own noise in local differential privacy."""
     mechanism = plan.mechanism
     if mechanism is None or mechanism.noised != "deltas":
-        return deltas
-    return _noised_deltas(deltas, *site_noise(plan, ids, index, number, attempt))
+        return messages
+    return _noised_messages(messages, *site_noise(plan, ids, index, number, attempt))
 
 
 @jax.jit
-def _noised_deltas(deltas: PyTree, keys: Array, stddev: Array) -> PyTree:
-    noise = jax.vmap(noises.gaussian)(keys, deltas, stddev)
-    return jax.tree.map(jnp.add, deltas, noise)
+def _noised_messages(messages: PyTree, keys: Array, stddev: Array) -> PyTree:
+    noise = jax.vmap(noises.gaussian)(keys, messages, stddev)
+    return jax.tree.map(jnp.add, messages, noise)
 
 
 def nothing(plan: RoundPlan, adapters: PyTree) -> View | None:
@@ -115,12 +143,12 @@ def nothing(plan: RoundPlan, adapters: PyTree) -> View | None:
     return Sum(trees.zeros(adapters), jnp.float32(0))
 
 
-def join(view: View | None, kind: type, deltas: PyTree, weights: Array, real: int) -> View:
+def join(view: View | None, kind: type, messages: PyTree, weights: Array, real: int) -> View:
     """The server's view with one more chunk. A sum does not grow with the cohort; a stack does."""
     if kind is Stack:
-        part = Stack(jax.tree.map(lambda leaf: leaf[:real], deltas), weights[:real])
+        part = Stack(jax.tree.map(lambda leaf: leaf[:real], messages), weights[:real])
         return part if view is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b]), view, part)
-    part = Sum(trees.weighted_sum(weights, deltas), jnp.sum(weights))
+    part = Sum(trees.weighted_sum(weights, messages), jnp.sum(weights))
     return part if view is None else jax.tree.map(jnp.add, view, part)
 
 

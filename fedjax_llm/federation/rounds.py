@@ -1,39 +1,50 @@
 """The round: cohort -> batches -> client updates, chunk by chunk -> the server's view -> aggregation.
 
 Where a privacy mechanism bounds and blurs what is released is decided here, and only here, by the mechanism's fields:
-gradients are clipped and steps are noised in local training, deltas and sums in ``federation/release.py``.
+gradients are clipped and steps are noised in local training, messages and sums in ``federation/release.py``.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from fedjax_llm import lora as low_rank
 from fedjax_llm import trees
 from fedjax_llm.data.packing import pack, target_count
-from fedjax_llm.data.records import EncodedExample, unit_name
+from fedjax_llm.data.records import EncodedExample
 from fedjax_llm.errors import UserError
-from fedjax_llm.federation import release
+from fedjax_llm.federation import effective, release
 from fedjax_llm.federation.clients import Client
-from fedjax_llm.federation.plan import ClientReport, RoundPlan, RoundReport
-from fedjax_llm.federation.sampling import (
-    Cycle,
-    attendance,
-    round_key,
-    sample_clients,
-    sample_cohort,
-    sample_steps,
-    sample_units,
-    secret_round_key,
-    unit_group,
+from fedjax_llm.federation.communication import Traffic, traffic_of
+from fedjax_llm.federation.local_work import (
+    Work,
+    learning_rates,
+    past_rounds,
+    public_denominators,
+    secret,
+    weights,
+    work_of,
 )
+from fedjax_llm.federation.plan import ClientReport, RoundPlan, RoundReport
+from fedjax_llm.federation.sampling import round_key, sample_clients, sample_cohort, secret_round_key
 from fedjax_llm.training import client_update
-from fedjax_llm.training.client_update import LocalTraining, Secrets
-from fedjax_llm.types import Params, PyTree, RoundState
+from fedjax_llm.training.client_update import LocalState, Secrets
+from fedjax_llm.types import Local, Params, PyTree, RoundState, Sum
+
+
+class _Moment(NamedTuple):
+    """What all chunks of a round share: its number and attempt, the weights, what the server sends, what is trained."""
+
+    number: int
+    attempt: int
+    params: Params
+    received: PyTree
+    live: dict[str, float] | None
 
 
 class _Chunk(NamedTuple):
@@ -41,7 +52,7 @@ class _Chunk(NamedTuple):
 
     adapters: PyTree
     kept: dict[str, PyTree]
-    deltas: PyTree
+    messages: PyTree
     weights: Array
     below_clip: Array
     reports: tuple[ClientReport, ...]
@@ -50,25 +61,34 @@ class _Chunk(NamedTuple):
 
 def initial_state(plan: RoundPlan, adapters: PyTree) -> RoundState:
     """The state before the first round. In the setting local every site has adapters of its own, [N, ...]."""
-    count, mechanism = len(plan.clients), plan.mechanism
-    client_state = {}
+    count, mechanism, algorithm = len(plan.clients), plan.mechanism, plan.aggregation
+    own, shared = low_rank.partition(adapters, algorithm.personal)
+    client_state: dict[str, PyTree] = {}
     if plan.local.keep_optimizer == "yes":
         client_state["optimizer"] = jax.vmap(plan.trainer.optimizer.init)(trees.repeat(adapters, count))
     if plan.trainer.mix is not None:
         assert mechanism is not None
         client_state["noise"] = trees.repeat(mechanism.correlated.init(trees.zeros(adapters)), count)
-    server_state = plan.aggregation.init(adapters)
-    privacy_state = release.initial_state(mechanism, trees.zeros(adapters))
+    if algorithm.personal is not None:
+        client_state["personal"] = trees.repeat(own, count)
+    if algorithm.client.init is not None:
+        client_state["memory"] = trees.repeat(algorithm.client.init(shared), count)
+    if algorithm.own is not None:
+        client_state["own"] = trees.repeat(adapters, count)
+    if plan.ranks:
+        client_state["rank"] = jnp.array(plan.ranks, jnp.int32)
+    server_state = algorithm.init(shared)
+    privacy_state = release.initial_state(mechanism, trees.zeros(shared))
     if plan.setting == "local":
-        adapters = trees.repeat(adapters, count)
-    return RoundState(jnp.int32(0), adapters, server_state, client_state, privacy_state)
+        shared = trees.repeat(shared, count)
+    return RoundState(jnp.int32(0), shared, server_state, client_state, privacy_state)
 
 
 def cohort_of(plan: RoundPlan, number: int, attempt: int = 0) -> np.ndarray:
     """The clients of a round, int [C], ascending; under a mechanism that samples them a secret, and maybe nobody."""
     mechanism = plan.mechanism
     if mechanism is not None and mechanism.cohort_probability is not None:
-        key = secret_round_key(_secret(plan), number, attempt, "cohort")
+        key = secret_round_key(secret(plan), number, attempt, "cohort")
         return sample_clients(key, len(plan.clients), mechanism.cohort_probability)
     return sample_cohort(round_key(plan.key, number, "cohort"), len(plan.clients), plan.cohort)
 
@@ -88,22 +108,30 @@ def run_round(plan: RoundPlan, params: Params, state: RoundState, attempt: int =
     Raises:
       UserError: without differential privacy, not one client of the cohort came back with a finite update.
     """
-    number = int(state.round) + 1
+    number, algorithm = int(state.round) + 1, plan.aggregation
     cohort = cohort_of(plan, number, attempt)
     sampled = plan.mechanism is not None and plan.mechanism.cohort_probability is not None
     slots = min(plan.execution.clients_per_chunk, len(plan.clients) if sampled else len(cohort))
+    moment = _Moment(
+        number=number,
+        attempt=attempt,
+        params=effective.params(plan, params, state.server_state),
+        received=() if algorithm.broadcast is None else algorithm.broadcast(state.server_state),
+        live=None if algorithm.live is None else algorithm.live(number),
+    )
     view, adapters, client_state = release.nothing(plan, state.adapters), state.adapters, dict(state.client_state)
     reports: list[ClientReport] = []
-    padded_tokens, below_clip = 0, jnp.float32(0)
+    padded_tokens, below_clip, ideal = 0, jnp.float32(0), effective.nothing(plan)
     for first in range(0, len(cohort), slots):
         members = cohort[first : first + slots]
         # Slots that stay empty point past the end: reading clamps, writing drops.
         index = jnp.asarray(np.concatenate([members, np.full(slots - len(members), len(plan.clients))]))
-        chunk = _run_chunk(plan, params, state, members, index, (number, attempt))
+        chunk = _run_chunk(plan, moment, state, members, index)
         if plan.setting == "local":
             adapters = trees.put(adapters, index, chunk.adapters)
         else:
-            view = release.join(view, plan.aggregation.view, chunk.deltas, chunk.weights, len(members))
+            view = release.join(view, algorithm.view, chunk.messages, chunk.weights, len(members))
+            ideal = effective.join(plan, ideal, chunk.adapters, chunk.weights)
         for name, kept in chunk.kept.items():
             client_state[name] = trees.put(client_state[name], index, kept)
         below_clip += chunk.below_clip
@@ -119,92 +147,117 @@ def run_round(plan: RoundPlan, params: Params, state: RoundState, attempt: int =
     if plan.mechanism is not None:
         clip_norm = release.clip_norm(plan.mechanism, privacy_state)
         view, privacy_state = release.noised_sum(plan, view, privacy_state, below_clip, number, attempt)
+        if isinstance(view, Sum) and moment.live is not None:  # no noise where nothing is trained
+            view = Sum(
+                low_rank.masked(view.total, {name: np.float32(on) for name, on in moment.live.items()}), view.weight
+            )
     if view is not None:
-        adapters, server_state = _aggregate(plan.aggregation.update, view, state.server_state, state.adapters)
-    return RoundState(jnp.int32(number), adapters, server_state, client_state, privacy_state), RoundReport(
+        adapters, server_state = _aggregate(algorithm.update, view, state.server_state, state.adapters)
+    after = RoundState(jnp.int32(number), adapters, server_state, client_state, privacy_state)
+    return after, RoundReport(
         clients=tuple(reports),
         tokens=sum(report.tokens for report in reports),
         padded_tokens=padded_tokens,
         update_norm=_distance(adapters, state.adapters),
         clip_norm=None if clip_norm is None else float(clip_norm),
+        aggregation_error=effective.error(plan, ideal, state, after),
     )
 
 
-def _run_chunk(
-    plan: RoundPlan, params: Params, state: RoundState, members: np.ndarray, index: Array, moment: tuple[int, int]
-) -> _Chunk:
-    """Local training of a chunk of the cohort, in a round and attempt."""
-    clients, slots, mechanism = [plan.clients[i] for i in members], len(index), plan.mechanism
-    past = _past(plan, moment[0])
-    work = [_work(plan, int(i), *moment, past) for i in members]
+def _run_chunk(plan: RoundPlan, moment: _Moment, state: RoundState, members: np.ndarray, index: Array) -> _Chunk:
+    """Local training of a chunk of the cohort."""
+    number, attempt = moment.number, moment.attempt
+    clients, slots, algorithm = [plan.clients[i] for i in members], len(index), plan.aggregation
+    past = past_rounds(plan, number)
+    work = [work_of(plan, int(i), number, attempt, past) for i in members]
     ids = jnp.array([client.id for client in clients] + [0] * (slots - len(clients)))
-    dropout = round_key(plan.key, moment[0], "dropout")
-    if mechanism is not None:
-        dropout = secret_round_key(_secret(plan), *moment, "dropout")
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(dropout, ids)
-    anchor = trees.take(state.adapters, index) if plan.setting == "local" else trees.repeat(state.adapters, slots)
+    keys = _dropout_keys(plan, ids, number, attempt)
     kept = {name: trees.take(tree, index) for name, tree in state.client_state.items()}
-    public = None
-    if mechanism is not None and mechanism.clipped == "gradients":
-        public = [float(mechanism.denominators[i]) for i in members]
+    local = _local(plan, moment, state, index, kept)
     per_token = plan.local.normalise == "token"
-    batches = list(pack(work, plan.shapes, clients=slots, per_token=per_token, denominators=public))
-    rates = _learning_rates(plan.local, work, slots, moment[0], plan.federation.rounds)
-    begun = client_update.start(plan.trainer, anchor, kept.get("optimizer"), kept.get("noise", ()))
-    secrets = _secrets(plan, ids, index, *moment)
+    pack_options = {"clients": slots, "per_token": per_token, "denominators": public_denominators(plan, members)}
+    batches = list(pack(work, plan.shapes, **pack_options))
+    rates = learning_rates(plan.local, work, slots, number, plan.federation.rounds)
+    begun = client_update.start(plan.trainer, local.start, kept.get("optimizer"), kept.get("noise", ()))
+    secrets = _secrets(plan, ids, index, number, attempt)
     if plan.trunk is not None:  # in microbatches of its own, with less padding than a step's
         plan.trunk.fill([example for batch in batches for example in batch.examples], advance=lambda count: None)
-    ended = client_update.run(plan.trainer, params, begun, batches, keys, rates, plan.frozen, secrets, plan.trunk)
-    updates = release.updates(plan, ended, anchor, jnp.asarray(_weights(plan, clients, slots)), state.privacy_state)
-    deltas = release.noised_deltas(plan, updates.deltas, ids, index, *moment)
-    # Noise that was drawn is gone, whatever became of the update: its state always moves on.
-    moved_on = {"optimizer": trees.select(updates.finite, ended.optimizer, begun.optimizer), "noise": ended.noise}
+    fixed = (plan.frozen, secrets, plan.trunk)
+    trained = {"local": local, "live": moment.live}
+    ended = client_update.run(plan.trainer, moment.params, begun, batches, keys, rates, *fixed, **trained)
+    own = kept.get("own")
+    if algorithm.own is not None:  # Ditto: once more, from its own adapters, pulled towards the server's
+        trainer = plan.trainer._replace(proximal=algorithm.own, correct=None)
+        alone = client_update.start(trainer, own)
+        own = client_update.run(trainer, moment.params, alone, batches, keys, rates, *fixed, local=local).adapters
+    probe = ()
+    if algorithm.client.probe:
+        whole = list(pack([_at_once(steps) for steps in work], plan.shapes, **pack_options))
+        probe = client_update.probe(plan.trainer, moment.params, local.start, whole, keys, plan.frozen, plan.trunk)
+    steps = jnp.array([len(own) for own in work] + [0] * (slots - len(work)), jnp.float32)
+    rate = jnp.asarray(plan.local.optimizer.learning_rate * rates.sum(axis=1), jnp.float32)
+    outcome = release.Outcome(ended, local, steps, rate, probe)
+    updates = release.updates(plan, outcome, jnp.asarray(weights(plan, clients, slots)), state.privacy_state)
+    messages = release.noised_messages(plan, updates.messages, ids, index, number, attempt)
+    ranks = np.asarray(local.rank)
+    traffic = [traffic_of(plan, state.adapters, moment.received, messages, moment.live, int(rank)) for rank in ranks]
     return _Chunk(
-        adapters=trees.select(updates.finite, ended.adapters, anchor),
-        kept={name: moved_on[name] for name in kept},
-        deltas=deltas,
+        adapters=trees.select(updates.finite, ended.adapters, local.start),
+        kept=_kept(plan, kept, own, begun, ended, local, updates),
+        messages=messages,
         weights=updates.weights,
         below_clip=updates.below_clip,
-        reports=_reports(clients, work, per_token, ended.loss, updates),
+        reports=_reports(plan, traffic, clients, work, ended.loss, updates, ranks),
         padded_tokens=sum(batch.tokens.size for batch in batches),
     )
 
 
-def _work(plan: RoundPlan, place: int, number: int, attempt: int, past: np.ndarray | None) -> Sequence[Sequence[Any]]:
-    """The batches of a client's round: Poisson samples of its units under a mechanism that samples them."""
-    client, local, mechanism = plan.clients[place], plan.local, plan.mechanism
-    if mechanism is None or mechanism.sampling is None:
-        steps = None if local.local_epochs is not None else local.local_steps
-        key = jax.random.fold_in(round_key(plan.key, number, "order"), client.id)
-        return sample_steps(key, client.examples, local.batch_size, steps, local.local_epochs)
-    key = jax.random.fold_in(secret_round_key(_secret(plan), number, attempt, "units"), client.id)
-    probability = float(mechanism.sampling[place])
-    cycle = None if past is None else _cycle(plan, place, int(past[place]))
-    return sample_units(key, client.units, probability, local.local_steps, mechanism.examples_per_unit, cycle)
+def _at_once(steps: Work) -> Work:
+    """All of a round's units as one step."""
+    return [[unit for step in steps for unit in step]]
 
 
-def _past(plan: RoundPlan, number: int) -> np.ndarray | None:
-    """In how many earlier rounds each client took part, int [N]; ``None`` where units do not take turns."""
-    mechanism = plan.mechanism
-    if mechanism is None or mechanism.correlated is None or mechanism.correlated.cyclic == 1:
-        return None
-    return attendance(plan.key, number - 1, len(plan.clients), plan.cohort).sum(axis=0)
+def _local(plan: RoundPlan, moment: _Moment, state: RoundState, index: Array, kept: dict[str, PyTree]) -> Local:
+    """What the clients of a chunk begin with, leaves [C, ...]."""
+    slots = len(index)
+    start = trees.take(state.adapters, index) if plan.setting == "local" else trees.repeat(state.adapters, slots)
+    start = low_rank.join(start, kept.get("personal", {}))
+    rank = kept.get("rank", jnp.full(slots, low_rank.rank_of(low_rank.join(start, plan.frozen)), jnp.int32))
+    if plan.ranks:
+        start = jax.vmap(low_rank.truncated)(start, rank)
+    return Local(start, kept.get("memory", ()), trees.repeat(moment.received, slots), rank)
 
 
-def _cycle(plan: RoundPlan, place: int, past: int) -> Cycle:
-    """Whose turn it is at a client that took part in ``past`` rounds before."""
-    mechanism, client = plan.mechanism, plan.clients[place]
-    assert mechanism is not None
-    groups = mechanism.correlated.cyclic
-    names = [unit_name(unit[0].record_id, unit[0].owner, mechanism.unit) for unit in client.units]
-    member = np.array([unit_group(name, groups, client.id) for name in names])
-    return Cycle(past * plan.local.local_steps, groups, member)
+def _dropout_keys(plan: RoundPlan, ids: Array, number: int, attempt: int) -> Array:
+    """The keys [C] of the clients' dropout in a round."""
+    key = round_key(plan.key, number, "dropout")
+    if plan.mechanism is not None:
+        key = secret_round_key(secret(plan), number, attempt, "dropout")
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, ids)
 
 
-def _secret(plan: RoundPlan) -> Array:
-    """The run's secret key."""
-    assert plan.secret_key is not None, "a plan with a mechanism has a secret key"
-    return plan.secret_key
+def _kept(
+    plan: RoundPlan,
+    kept: dict[str, PyTree],
+    own: PyTree,
+    begun: LocalState,
+    ended: LocalState,
+    local: Local,
+    updates: release.Updates,
+) -> dict[str, PyTree]:
+    """What the clients of a chunk keep for the next round; where an update is not finite, as it was."""
+    finite, algorithm = updates.finite, plan.aggregation
+    # Noise that was drawn is gone, whatever became of the update: its state always moves on.
+    after: dict[str, PyTree] = {"noise": ended.noise, "memory": updates.memory, "rank": local.rank}
+    after["optimizer"] = trees.select(finite, ended.optimizer, begun.optimizer)
+    if algorithm.personal is not None:
+        factors, _ = low_rank.partition(ended.adapters, algorithm.personal)
+        after["personal"] = trees.select(finite, factors, kept["personal"])
+    if algorithm.client.rank is not None and plan.ranks:
+        after["rank"] = jnp.where(finite, jax.vmap(algorithm.client.rank)(ended.adapters, local), local.rank)
+    if algorithm.own is not None:
+        after["own"] = trees.select(jnp.asarray(trees.finite(own)), own, kept["own"])
+    return {name: after[name] for name in kept}
 
 
 def _secrets(plan: RoundPlan, ids: Array, index: Array, number: int, attempt: int) -> Secrets | None:
@@ -214,24 +267,17 @@ def _secrets(plan: RoundPlan, ids: Array, index: Array, number: int, attempt: in
     return Secrets(*release.site_noise(plan, ids, index, number, attempt))
 
 
-def _weights(plan: RoundPlan, clients: Sequence[Client], slots: int) -> np.ndarray:
-    """f32 [C]: the clients' weights in the sum; zero in empty slots."""
-    weights, mechanism = np.zeros(slots, np.float32), plan.mechanism
-    for c, client in enumerate(clients):
-        if mechanism is not None and mechanism.noised == "sum":
-            weights[c] = 1.0 if mechanism.site_weights is None else mechanism.site_weights(len(client.examples))
-        else:
-            # What is public of a private site's size is its number of units.
-            bounded = mechanism is not None and mechanism.clipped == "gradients"
-            held = client.units if bounded else client.examples
-            weights[c] = len(held) if plan.federation.weighting == "examples" else 1.0
-    return weights
-
-
 def _reports(
-    clients: Sequence[Client], work: Sequence[Any], per_token: bool, losses: Array, updates: release.Updates
+    plan: RoundPlan,
+    traffic: Sequence[Traffic],
+    clients: Sequence[Client],
+    work: Sequence[Work],
+    losses: Array,
+    updates: release.Updates,
+    ranks: np.ndarray,
 ) -> tuple[ClientReport, ...]:
     """What each client did."""
+    per_token = plan.local.normalise == "token"
     sums, norms, finite = (np.asarray(array) for array in (losses, updates.norms, updates.finite))
     reports = []
     for c, (client, steps) in enumerate(zip(clients, work, strict=True)):
@@ -246,20 +292,12 @@ def _reports(
                 examples=len(seen),
                 update_norm=float(norms[c]),
                 included=bool(finite[c]),
+                download_bytes=traffic[c].download,
+                upload_bytes=traffic[c].upload,
+                rank=int(ranks[c]) if plan.ranks else None,
             )
         )
     return tuple(reports)
-
-
-def _learning_rates(
-    local: LocalTraining, work: Sequence[Sequence[Any]], slots: int, number: int, rounds: int
-) -> np.ndarray:
-    """[C, S]: factors of the base learning rate for every client and local step of round ``number``."""
-    over_rounds = local.round_schedule.factor(number - 1, rounds)
-    rates = np.zeros((slots, max(len(steps) for steps in work)))
-    for c, steps in enumerate(work):
-        rates[c, : len(steps)] = [over_rounds * local.local_schedule.factor(s, len(steps)) for s in range(len(steps))]
-    return rates
 
 
 _aggregate = jax.jit(lambda update, view, state, adapters: update(view, state, adapters), static_argnums=0)

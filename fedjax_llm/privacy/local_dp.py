@@ -45,6 +45,7 @@ class LocalDp:
           UserError: with the reason and the way out.
         """
         refusals.basics("LocalDp", regime, ("site",), ("federated",))
+        refusals.deltas("LocalDp", regime)
 
     def make(self, regime: Regime, population: Population, budget: Budget) -> Mechanism:
         """The mechanism for these sites, each with noise for as many rounds as it takes part in."""

@@ -37,6 +37,10 @@ class Regime(NamedTuple):
       proximal: FedProx's mu.
       adapter_dtype: of the adapters.
       server_view: ``Sum`` or ``Stack``, as text: what the aggregator must see.
+      messages: ``deltas`` if clients send nothing else, or what is ``other``.
+      probes: whether clients tell loss and gradient without noise.
+      ranks: whether clients train adapters of different ranks.
+      own: whether each client trains adapters of its own besides the shared ones.
     """
 
     setting: Setting
@@ -54,6 +58,10 @@ class Regime(NamedTuple):
     proximal: float
     adapter_dtype: str
     server_view: Literal["Sum", "Stack"]
+    messages: Literal["deltas", "other"] = "deltas"
+    probes: bool = False
+    ranks: bool = False
+    own: bool = False
 
 
 class Population(NamedTuple):

@@ -64,6 +64,30 @@ def noise_source(name: str, noise_multiplier: float | None, epsilon: float | Non
         )
 
 
+def _algorithm(name: str, regime: Regime) -> None:
+    """Refuses algorithms whose clients do more than the mechanism accounts for.
+
+    Raises:
+      UserError: with the reason and the way out.
+    """
+    out = "Choose another aggregation, or set privacy.mechanism to None"
+    if regime.probes:
+        raise UserError(
+            f"the aggregation asks clients for loss or gradient at the server's adapters, which {name} neither clips "
+            f"nor noises: it would be a release that no epsilon covers. {out}"
+        )
+    if regime.own:
+        raise UserError(
+            "the aggregation trains each client's own adapters besides the shared ones, a second release for each unit "
+            f"that {name} does not account for. {out}"
+        )
+    if regime.ranks:
+        raise UserError(
+            f"lora.ranks gives clients adapters of different ranks, and {name}'s noise would fill the components that "
+            "a client does not train. Set lora.ranks to (), or privacy.mechanism to None"
+        )
+
+
 def basics(name: str, regime: Regime, units: Sequence[Unit], settings: Sequence[Setting]) -> None:
     """Refuses what has nothing to do with how a mechanism works inside: setting, unit, precision.
 
@@ -88,6 +112,7 @@ def basics(name: str, regime: Regime, units: Sequence[Unit], settings: Sequence[
             f"the adapters are {regime.adapter_dtype}: rounding moves norms above the clip norm and leaves noise only "
             "a few distinct values, so that no guarantee would hold. Set the adapters' dtype to float32"
         )
+    _algorithm(name, regime)
 
 
 def gradients(name: str, regime: Regime) -> None:
@@ -109,6 +134,20 @@ def gradients(name: str, regime: Regime) -> None:
         )
 
 
+def deltas(name: str, regime: Regime) -> None:
+    """Refuses messages that are more than the delta that a mechanism clips and noises.
+
+    Raises:
+      UserError: with the reason and the way out.
+    """
+    if regime.messages != "deltas":
+        raise UserError(
+            f"{name} clips and noises the clients' deltas, but the aggregation has them send something else or more. "
+            "Choose an aggregation of deltas (such as FedAvg or FedAdam), or a mechanism that adds noise in the "
+            "sites' own steps (DpSgd)"
+        )
+
+
 def sum_view(name: str, regime: Regime) -> None:
     """Refuses an aggregator that looks behind the noised sum.
 
@@ -121,6 +160,7 @@ def sum_view(name: str, regime: Regime) -> None:
             "before that, without noise. Choose an aggregator that needs the sum alone (such as FedAvg or FedAdam), "
             "or a mechanism that adds noise at the sites (DpSgd, LocalDp)"
         )
+    deltas(name, regime)
 
 
 def _wrong_unit(name: str, unit: Unit) -> str:

@@ -5,7 +5,7 @@ client's step is complete, its optimiser takes a step with the mean, and the oth
 privacy each unit's gradient is clipped on its way into the sum, and noise may be added to the sum before the step.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from jax import Array
 
+from fedjax_llm import lora as low_rank
 from fedjax_llm import trees
 from fedjax_llm.data.packing import Microbatch
 from fedjax_llm.errors import UserError
@@ -25,7 +26,7 @@ from fedjax_llm.privacy.clipping import Clip, clip_units
 from fedjax_llm.training.optimizers import Optimizer, Schedule
 from fedjax_llm.training.rows import Rows, example_gradients, rows_of
 from fedjax_llm.training.trunk import TrunkCache
-from fedjax_llm.types import Adapters, Params, PyTree
+from fedjax_llm.types import Adapters, Local, Params, PyTree
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,8 @@ class Trainer(NamedTuple):
       noisy: whether noise is added to each step's sum.
       mix: ``mix(noise, state) -> (noise, state)`` correlates a step's noise with that of the steps before; ``None``:
         independent noise.
+      correct: ``correct(gradient, adapters, local) -> gradient`` changes a client's mean gradient of a step
+        (``ClientRule.gradient``); ``None``: it stays.
     """
 
     model: CausalLM
@@ -107,6 +110,7 @@ class Trainer(NamedTuple):
     grouped: bool = False
     noisy: bool = False
     mix: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]] | None = None
+    correct: Callable[[PyTree, PyTree, Local], PyTree] | None = None
 
 
 class Secrets(NamedTuple):
@@ -147,6 +151,9 @@ def run(
     frozen: Adapters | None = None,
     secrets: Secrets | None = None,
     trunk: TrunkCache | None = None,
+    *,
+    local: Local | None = None,
+    live: Mapping[str, float] | None = None,
 ) -> LocalState:
     """Runs a round's microbatches in order.
 
@@ -160,15 +167,50 @@ def run(
       frozen: factors that are not trained, leaves [...].
       secrets: of the noise, where ``trainer.noisy``.
       trunk: the hidden states below the adapters, where they are kept.
+      local: what the clients know, leaves [C, ...]; of ``start`` FedProx stays near. Without it, the adapters of
+        ``state`` and nothing else.
+      live: factor -> 1 if it is trained, else 0; ``None``: all are.
     """
-    anchor = state.adapters
+    local = Local(state.adapters, (), (), None) if local is None else local
+    live = None if live is None else {name: np.float32(value) for name, value in live.items()}
     for batch in microbatches:
-        state = accumulate(trainer, params, state, rows_of(batch, trunk), client_keys, frozen)
+        state = accumulate(trainer, params, state, rows_of(batch, trunk), client_keys, frozen, live)
         if batch.finished.any():
             rates = learning_rates[np.arange(len(batch.finished)), batch.finished_step].astype(np.float32)
             steps = (batch.finished, batch.denominator, rates)
-            state = step(trainer, state, anchor, *steps, batch.finished_step, secrets)
+            state = step(trainer, state, local, *steps, batch.finished_step, secrets, live)
     return state
+
+
+def probe(
+    trainer: Trainer,
+    params: Params,
+    adapters: PyTree,
+    microbatches: Iterable[Microbatch],
+    client_keys: Array,
+    frozen: Adapters | None = None,
+    trunk: TrunkCache | None = None,
+) -> tuple[Array, PyTree]:
+    """Loss and gradient where the clients stand, without a step.
+
+    Args:
+      trainer: the static half.
+      params: the frozen weights.
+      adapters: leaves [C, ...].
+      microbatches: one step of each client, from ``data.packing.pack``.
+      client_keys: typed keys [C].
+      frozen: factors that are not trained.
+      trunk: the hidden states below the adapters.
+
+    Returns:
+      (f32 [C], leaves [C, ...] in f32): means over the clients' units of loss and gradient; zero where there are none.
+    """
+    state = start(trainer, adapters, optimizer=())
+    divide = np.ones(client_keys.shape[0], np.float32)
+    for batch in microbatches:
+        state = accumulate(trainer, params, state, rows_of(batch, trunk), client_keys, frozen)
+        divide = np.where(batch.finished, batch.denominator, divide)
+    return state.loss / divide, jax.tree.map(lambda g: jax.vmap(jnp.divide)(g, jnp.asarray(divide)), state.gradients)
 
 
 def accumulate(
@@ -178,11 +220,12 @@ def accumulate(
     rows: Rows,
     client_keys: Array,
     frozen: Adapters | None = None,
+    live: Mapping[str, Array] | None = None,
 ) -> LocalState:
     """Adds the (clipped) gradients and the losses of a microbatch to its clients' sums."""
     sums = (state.gradients, state.loss)
     static = (trainer.model, trainer.scaling, trainer.clip, trainer.grouped)
-    gradients, loss = _accumulate(*static, params, state.adapters, frozen or {}, sums, rows, client_keys)
+    gradients, loss = _accumulate(*static, params, state.adapters, frozen or {}, sums, rows, client_keys, live)
     return state._replace(gradients=gradients, loss=loss)
 
 
@@ -198,10 +241,13 @@ def _accumulate(
     sums: PyTree,
     rows: Rows,
     client_keys: Array,
+    live: PyTree = None,
 ) -> PyTree:
     """The new sums of (gradients, losses). It knows no optimiser, so that another one compiles no new backward pass."""
     losses, gradients = example_gradients(model, scaling, params, adapters, rows, client_keys, frozen)
     clients, owner = client_keys.shape[0], rows.client
+    if live is not None:  # before clipping: what is not trained takes no room under the clip norm
+        gradients = low_rank.masked(gradients, live)
     if clip is not None:
         if grouped:
             gradients = trees.segment_sum(gradients, rows.unit, rows.unit.shape[0])
@@ -216,36 +262,43 @@ def _accumulate(
 def step(
     trainer: Trainer,
     state: LocalState,
-    anchor: PyTree,
+    local: Local,
     finished: Array,
     denominator: Array,
     rates: Array,
     number: Array | None = None,
     secrets: Secrets | None = None,
+    live: Mapping[str, Array] | None = None,
 ) -> LocalState:
     """One optimiser step of the clients that are ``finished`` [C] with a batch; the others stay as they are.
 
     Args:
       trainer: the static half.
       state: with the summed gradients.
-      anchor: what the clients started the round from, [C, ...].
+      local: what the clients know, leaves [C, ...].
       finished: bool [C].
       denominator: f32 [C], what the (noised) sums are divided by.
       rates: f32 [C], factors of the base learning rate.
       number: int32 [C], which step of the round that is; needed where ``trainer.noisy``, as are
       secrets: of the noise.
+      live: factor -> 1 if it is trained, else 0; ``None``: all are.
     """
 
-    def one(adapters, optimizer, gradients, anchor, denominator, rate):
+    def one(adapters, optimizer, gradients, local, denominator, rate):
         mean = jax.tree.map(lambda g, a: (g / denominator).astype(a.dtype), gradients, adapters)
         if trainer.proximal:
-            mean = jax.tree.map(lambda g, a, o: g + trainer.proximal * (a - o), mean, adapters, anchor)
+            mean = jax.tree.map(lambda g, a, o: g + trainer.proximal * (a - o), mean, adapters, local.start)
+        if trainer.correct is not None:
+            corrected = trainer.correct(mean, adapters, local)
+            mean = jax.tree.map(lambda g, a: g.astype(a.dtype), corrected, adapters)
         updates, optimizer = trainer.optimizer.update(mean, optimizer, adapters)
         updates = jax.tree.map(lambda u: (u * rate).astype(u.dtype), updates)
+        if live is not None:
+            updates = low_rank.masked(updates, live)
         return optax.apply_updates(adapters, updates), optimizer
 
     gradients, mixed = _noised(trainer, state, number, secrets)
-    adapters, optimizer = jax.vmap(one)(state.adapters, state.optimizer, gradients, anchor, denominator, rates)
+    adapters, optimizer = jax.vmap(one)(state.adapters, state.optimizer, gradients, local, denominator, rates)
     zeros = jax.tree.map(jnp.zeros_like, state.gradients)
     return LocalState(
         adapters=trees.select(finished, adapters, state.adapters),

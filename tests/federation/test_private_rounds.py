@@ -168,7 +168,7 @@ def test_the_step_of_an_empty_sample_is_the_noise_alone():
         steps = [noise.gaussian(noise.step_key(site_key, s), toy_base().adapters, 1.0) for s in range(2)]
         scale = 0.1 * mechanism.stddev[c] * CLIP / mechanism.denominators[c]
         expected = jax.tree.map(lambda one, two, scale=scale: -scale * (one + two), *steps)
-        assert distance(jax.tree.map(lambda leaf, at=place: leaf[at], shown.deltas), expected) < 1e-6
+        assert distance(jax.tree.map(lambda leaf, at=place: leaf[at], shown.messages), expected) < 1e-6
 
 
 def test_no_site_sampled_is_a_noised_sum_over_the_public_weight():

@@ -200,7 +200,7 @@ def spy(view: type, seen: list) -> Aggregation:
     def update(shown, state, adapters):
         seen.append(jax.tree.map(jnp.shape, shown))
         if view is Stack:
-            shown = Sum(jax.tree.map(lambda d: jnp.tensordot(shown.weights, d, 1), shown.deltas), shown.weights.sum())
+            shown = Sum(jax.tree.map(lambda d: jnp.tensordot(shown.weights, d, 1), shown.messages), shown.weights.sum())
         return jax.tree.map(lambda a, t: a + t / shown.weight, adapters, shown.total), state
 
     return Aggregation(init=lambda adapters: (), update=update, view=view)
@@ -218,7 +218,7 @@ def test_the_server_sees_the_declared_view_and_no_more(view):
     if view is Stack:
         assert shown.weights == (3,)  # the cohort, without the slot that stays empty
         shapes = jax.tree.map(lambda leaf: (3, *leaf.shape), toy_model()[2])
-        assert shown.deltas == shapes
+        assert shown.messages == shapes
 
 
 def test_the_server_optimizer_moves_by_the_mean_delta():

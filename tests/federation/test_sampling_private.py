@@ -13,7 +13,7 @@ from toy_private import private_plan
 from toy_rounds import toy_example
 
 from fedjax_llm.data.records import unit_name
-from fedjax_llm.federation.rounds import _past, _work
+from fedjax_llm.federation.local_work import past_rounds, work_of
 from fedjax_llm.federation.sampling import (
     Cycle,
     attendance,
@@ -183,7 +183,9 @@ def test_the_rounds_take_turns_over_all_steps_of_a_site_whenever_it_takes_part()
     for c, client in enumerate(plan.clients):
         numbers = [number for number in range(1, rounds + 1) if present[number - 1, c]]
         parts = [np.zeros((0, len(client.units)), bool)]
-        parts += [taken(_work(certain, c, number, 0, _past(certain, number)), client.units) for number in numbers]
+        parts += [
+            taken(work_of(certain, c, number, 0, past_rounds(certain, number)), client.units) for number in numbers
+        ]
         over_run = np.concatenate(parts)
         for unit, column in zip(client.units, over_run.T, strict=True):
             name = unit_name(unit[0].record_id, unit[0].owner, "record")

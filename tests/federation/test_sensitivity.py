@@ -131,7 +131,7 @@ def released(plan, adapters, params=None):
     state, _ = run_round(silent(plan), params, initial_state(plan, adapters))
     if isinstance(state.server_state, Sum):
         return {"all": state.server_state.total}
-    deltas = state.server_state.deltas if state.server_state else jax.tree.map(np.subtract, state.adapters, adapters)
+    deltas = state.server_state.messages if state.server_state else jax.tree.map(np.subtract, state.adapters, adapters)
     each = [jax.tree.map(lambda leaf, c=c: leaf[c], deltas) for c in range(len(plan.clients))]
     if mechanism.noised == "steps":  # a step of SGD at rate 1 is the sum over the public denominator
         each = [
@@ -251,9 +251,9 @@ def test_a_site_that_is_not_finite_sends_nothing_and_weighs_what_it_weighed(name
         assert float(whole.weight) == float(others.weight) == plan.mechanism.weight
     else:
         assert whole.weights.tolist() == [1.0] * SITES
-        assert length(jax.tree.map(lambda leaf: leaf[1], whole.deltas)) == 0
+        assert length(jax.tree.map(lambda leaf: leaf[1], whole.messages)) == 0
         kept = np.array([0, 2, 3])
-        assert same(jax.tree.map(lambda leaf: leaf[kept], whole.deltas), others.deltas)
+        assert same(jax.tree.map(lambda leaf: leaf[kept], whole.messages), others.messages)
 
 
 def test_a_site_that_is_not_finite_spoils_no_unit_of_another():

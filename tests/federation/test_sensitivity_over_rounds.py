@@ -33,7 +33,7 @@ from toy_private import SHOW, length
 
 from fedjax_llm.data.records import EncodedExample
 from fedjax_llm.experiment.protection import _separation
-from fedjax_llm.federation import release, rounds
+from fedjax_llm.federation import local_work, release, rounds
 from fedjax_llm.federation.plan import RoundPlan
 from fedjax_llm.federation.sampling import attendance
 from fedjax_llm.privacy.correlated import BandedToeplitz, BufferedToeplitz
@@ -109,7 +109,7 @@ def test_a_unit_of_a_group_reaches_the_bound_and_one_without_a_group_exceeds_it(
 
     groups = in_groups("server", certain=True)
     assert heaviest(groups) == pytest.approx(declared(groups.plan), rel=ROUNDING)
-    with wrong(rounds, "_cycle", lambda plan, place, number: None):
+    with wrong(local_work, "_cycle", lambda plan, place, number: None):
         ungrouped = groups._replace(alone=moves(silent(groups.plan), ROUNDS))
         assert heaviest(ungrouped) > 1.3 * declared(groups.plan)
 

@@ -28,7 +28,7 @@ from mutants import (
     wrong,
 )
 
-from fedjax_llm.federation import release, rounds, sampling
+from fedjax_llm.federation import local_work, release, rounds, sampling
 from fedjax_llm.federation.plan import RoundPlan
 from fedjax_llm.privacy import noise
 from fedjax_llm.privacy.dp_fedavg import DpFedAvg
@@ -49,7 +49,7 @@ RIGHT: dict[str, Any] = {
     "gaussian": noise.gaussian,
     "round key": sampling.secret_round_key,
     "secrets": rounds._secrets,
-    "work": rounds._work,
+    "work": local_work.work_of,
     "run": rounds.run_round,
 }
 
@@ -192,7 +192,7 @@ def only_rounds_with_clients(plan, params, state, attempt=0):
 def test_batches_of_nobody_without_noise_are_found():
     plan = plan_of(DpSgd(CLIP, 1.5, sampling_probability=0.01), SITES, setting="local", steps=2)
     assert found_in_noise(plan) == set()
-    with wrong(rounds, "_work", only_steps_with_examples):
+    with wrong(rounds, "work_of", only_steps_with_examples):
         assert "variance" in found_in_noise(plan)
 
 

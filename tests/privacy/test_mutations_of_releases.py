@@ -34,7 +34,7 @@ from mutants import (
 
 from fedjax_llm import trees
 from fedjax_llm.errors import UserError
-from fedjax_llm.federation import release, rounds, sampling
+from fedjax_llm.federation import local_work, release, rounds, sampling
 from fedjax_llm.federation.plan import RoundPlan
 from fedjax_llm.privacy import accounting, calibration, clipping
 from fedjax_llm.privacy.dp_fedavg import DpFedAvg
@@ -208,7 +208,11 @@ def test_a_clip_norm_of_an_earlier_round_is_found():
 def samples(plan: RoundPlan, number: int = 150) -> np.ndarray:
     """bool [S, U]: who takes part in every step of so many rounds at the first site."""
     names = [unit[0].record_id for unit in plan.clients[0].units]
-    steps = [step for i in range(1, number + 1) for step in rounds._work(plan, 0, i, 0, rounds._past(plan, i))]
+    steps = [
+        step
+        for i in range(1, number + 1)
+        for step in local_work.work_of(plan, 0, i, 0, local_work.past_rounds(plan, i))
+    ]
     return np.array([[name in {unit[0].record_id for unit in step} for name in names] for step in steps])
 
 
@@ -249,7 +253,7 @@ def test_samples_that_are_not_poisson_are_found(units: int, probability: float, 
     config = DpSgd(CLIP, 1.0, sampling_probability=probability)
     plan = plan_of(config, sites_of(a=[UP] * units), setting="local", steps=2)
     probability = plan.mechanism.events["a"].sampling_probability
-    with wrong(rounds, "sample_units", mutant or sampling.sample_units):
+    with wrong(local_work, "sample_units", mutant or sampling.sample_units):
         found = sampling_problems(samples(plan), probability)
     assert problems <= found
     assert bool(problems) == bool(found)

@@ -15,6 +15,7 @@ from fedjax_llm.data.packing import Shape, pack
 from fedjax_llm.errors import UserError
 from fedjax_llm.training.client_update import LocalTraining, Trainer, accumulate, run, start, step
 from fedjax_llm.training.rows import rows_of
+from fedjax_llm.types import Local
 
 C = 3
 RNG = np.random.default_rng(0)
@@ -32,10 +33,15 @@ def random_tree():
 ANCHOR, ADAPTERS, GRADIENTS = (random_tree() for _ in range(3))
 
 
+def known(start) -> Local:
+    """What clients know that keep and receive nothing."""
+    return Local(start, (), (), np.full(C, 2))
+
+
 def stepped(optimizer: optax.GradientTransformation, proximal: float = 0.0):
     trainer = Trainer(None, 1.0, optimizer, proximal)
     before = start(trainer, ADAPTERS)._replace(gradients=GRADIENTS, loss=jnp.arange(3.0))
-    return before, step(trainer, before, ANCHOR, FINISHED, DENOMINATOR, RATES)
+    return before, step(trainer, before, known(ANCHOR), FINISHED, DENOMINATOR, RATES)
 
 
 def test_a_step_divides_the_sum_and_scales_the_rate():
@@ -82,7 +88,7 @@ def test_adapters_in_bfloat16_stay_so_and_sum_in_float32():
     trainer = Trainer(None, 1.0, optax.adamw(0.1), 0.3)
     state = start(trainer, half)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.gradients)} == {jnp.dtype("float32")}
-    after = step(trainer, state._replace(gradients=GRADIENTS), half, FINISHED, DENOMINATOR, RATES)
+    after = step(trainer, state._replace(gradients=GRADIENTS), known(half), FINISHED, DENOMINATOR, RATES)
     assert jax.tree.map(lambda leaf: leaf.dtype, after) == jax.tree.map(lambda leaf: leaf.dtype, state)
 
 
@@ -115,7 +121,7 @@ def test_a_given_optimizer_state_is_taken_up():
     kept = jax.vmap(trainer.optimizer.init)(ADAPTERS)
     kept = (kept[0]._replace(count=jnp.array([4, 5, 6], jnp.int32)), kept[1])
     state = start(trainer, ADAPTERS, kept)._replace(gradients=GRADIENTS)
-    assert step(trainer, state, ANCHOR, FINISHED, DENOMINATOR, RATES).optimizer[0].count.tolist() == [5, 5, 7]
+    assert step(trainer, state, known(ANCHOR), FINISHED, DENOMINATOR, RATES).optimizer[0].count.tolist() == [5, 5, 7]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fedjax_llm.errors import UserError
 from fedjax_llm.training.client_update import Trainer, start, step
 from fedjax_llm.training.optimizers import Optimizer, Schedule, optimizer_names
-from fedjax_llm.types import PyTree
+from fedjax_llm.types import Local, PyTree
 
 schedules = st.builds(
     Schedule,
@@ -27,7 +27,7 @@ def one_step(transform: optax.GradientTransformation, rate: float) -> PyTree:
     adapters = {"w": {"a": jnp.ones((1, 4, 2)), "b": jnp.full((1, 2, 3), -0.5)}}
     state = start(trainer, adapters)._replace(gradients=jax.tree.map(jnp.ones_like, adapters))
     ones = np.ones(1, np.float32)
-    after = step(trainer, state, adapters, np.array([True]), ones, rate * ones)
+    after = step(trainer, state, Local(adapters, (), (), ones), np.array([True]), ones, rate * ones)
     return jax.tree.map(jnp.subtract, after.adapters, adapters)
 
 
