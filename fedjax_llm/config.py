@@ -113,6 +113,9 @@ class Experiment:
       training: what clients do in a round.
       federation: rounds and cohorts.
       aggregation: the server's algorithm: a dataclass with ``.make()`` (``aggregation/``).
+      compression: of what clients send: a dataclass with ``.make()`` (``compression/``); ``None``: as it is.
+      attack: what malicious clients do: a dataclass with ``.make()`` (``adversaries/``); ``None``: all are honest.
+      malicious: the share of the sites that are malicious, drawn by the seed and rounded down.
       privacy: whether and how differential privacy is guaranteed, and to whom.
       evaluation: of held-out records.
       execution: layout of the computation; never changes a result.
@@ -128,6 +131,9 @@ class Experiment:
     training: LocalTraining = LocalTraining()
     federation: Federation = Federation()
     aggregation: Any = FedAvg()
+    compression: Any = None
+    attack: Any = None
+    malicious: float = 0.0
     privacy: Privacy = Privacy()
     evaluation: Evaluation = Evaluation()
     execution: Execution = Execution()
@@ -143,6 +149,14 @@ class Experiment:
             raise UserError(
                 "output.select is 'best', but evaluation.validation_every is 0: without validation no round is the best"
             )
+        if not 0 <= self.malicious < 1:
+            raise UserError(f"malicious is {self.malicious}; it must be at least 0 and below 1, a share of the sites")
+        if (self.attack is None) != (self.malicious == 0):
+            raise UserError(
+                f"attack is {self.attack} and malicious is {self.malicious}: set both (how, and how many), or neither"
+            )
+        if self.lora.ranks and self.compression is not None:
+            raise UserError("lora.ranks and compression do not go together; set one of them to () or None")
         if self.lora.ranks and self.setting == "federated" and not self.aggregation.make().ranks:
             raise UserError(
                 f"lora.ranks is {self.lora.ranks}, but {type(self.aggregation).__name__} cannot aggregate adapters of "
@@ -177,6 +191,7 @@ def regime_of(experiment: Experiment) -> Regime:
         probes=algorithm.client.probe,
         ranks=bool(experiment.lora.ranks),
         own=algorithm.own is not None,
+        compressed=experiment.compression is not None,
     )
 
 

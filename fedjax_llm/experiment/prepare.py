@@ -78,7 +78,9 @@ def prepare(experiment: Experiment, progress: RunProgress) -> Prepared:
     """
     # What is wrong with these is told before the downloads, and whom nothing can protect before the model is loaded.
     experiment.training.optimizer.make()
-    experiment.aggregation.make()
+    for part in (experiment.aggregation, experiment.compression, experiment.attack):
+        if part is not None:
+            part.make()
     with progress.phase("Reading the text"):
         dataset = load_dataset(experiment)
     sites = split_sites(experiment, dataset)
@@ -150,7 +152,8 @@ def _plan(
     clients = clients_of(experiment.setting, train, privacy.unit if mechanism is not None else None)
     local = local_training_of(experiment.setting, experiment.training, cohort)
     # Without a federation there is plain training: no algorithm comes on top of the client's own optimiser.
-    aggregation = (experiment.aggregation if experiment.setting == "federated" else FedAvg()).make()
+    federated = experiment.setting == "federated"
+    aggregation = (experiment.aggregation if federated else FedAvg()).make()
     return RoundPlan(
         setting=experiment.setting,
         trainer=trainer_of(
@@ -177,11 +180,21 @@ def _plan(
         key=key,
         frozen=frozen,
         mechanism=mechanism,
-        ranks=tuple(lora.ranks[i % len(lora.ranks)] for i in range(len(clients)))
-        if lora.ranks and experiment.setting == "federated"
-        else (),
+        ranks=tuple(lora.ranks[i % len(lora.ranks)] for i in range(len(clients))) if lora.ranks and federated else (),
         measure_error=experiment.output.aggregation_error,
+        codec=experiment.compression.make() if experiment.compression is not None and federated else None,
+        malicious=malicious_sites(experiment, len(clients)),
+        corrupt=experiment.attack.make().corrupt if experiment.attack is not None and federated else None,
     )
+
+
+def malicious_sites(experiment: Experiment, sites: int) -> tuple[bool, ...]:
+    """Which of the sites are malicious: a share of them, drawn by the seed; none where nothing is federated."""
+    if experiment.attack is None or experiment.setting != "federated":
+        return (False,) * sites
+    rng = np.random.default_rng([experiment.seed, 2])
+    chosen = set(rng.permutation(sites)[: int(experiment.malicious * sites)].tolist())
+    return tuple(site in chosen for site in range(sites))
 
 
 def _secret_key(experiment: Experiment, fingerprint: str) -> jax.Array:
@@ -285,9 +298,14 @@ def _encode(
     """The training examples of every site as tokens."""
     train, lengths = [], {}
     total = sum(len(site.train) for site in sites)
+    poison = None if experiment.attack is None else experiment.attack.make().poison
+    malicious = malicious_sites(experiment, len(sites))
     with progress.phase("Tokenising", total, "records") as advance:
-        for site in sites:
-            examples, lengths[site.name] = encode(experiment, base)(site.train)
+        for number, site in enumerate(sites):
+            records = site.train
+            if poison is not None and malicious[number]:
+                records = poison(records, np.random.default_rng([experiment.seed, 3, number]))
+            examples, lengths[site.name] = encode(experiment, base)(records)
             train.append((site.name, examples))
             advance(len(site.train))
     return tuple(train), lengths

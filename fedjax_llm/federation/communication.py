@@ -1,9 +1,9 @@
 """Bytes on the wire: what a run exchanges, and what exchanging the whole model would have taken."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -19,22 +19,21 @@ class Traffic(NamedTuple):
     upload: int
 
 
-def tree_bytes(tree: PyTree, live: Mapping[str, float] | None = None, share: Fraction = Fraction(1)) -> int:
-    """Bytes of a tree's leaves.
+def travelling(tree: PyTree, live: Mapping[str, float] | None = None) -> list[tuple[str | None, Any]]:
+    """The leaves that travel, with their keys: all but factors for which ``live`` holds zero."""
+    found = [(getattr(path[-1], "key", None) if path else None, leaf) for path, leaf in jax.tree.leaves_with_path(tree)]
+    return [(name, leaf) for name, leaf in found if live is None or live.get(name or "", 1.0)]
+
+
+def tree_bytes(leaves: Sequence[tuple[str | None, Any]], share: Fraction = Fraction(1)) -> int:
+    """Bytes of leaves.
 
     Args:
-      tree: arrays, or their shapes and types.
-      live: factor -> 0 if it does not travel; other leaves always do.
+      leaves: from :func:`travelling`: keys, and arrays or their shapes and types.
       share: of the components of factors ``a`` and ``b`` that there are: rank over R.
     """
-    total = 0
-    for path, leaf in jax.tree.flatten_with_path(tree)[0]:
-        name = getattr(path[-1], "key", None) if path else None
-        if live is not None and name in live and not live[name]:
-            continue
-        nbytes = math.prod(leaf.shape) * leaf.dtype.itemsize
-        total += int(nbytes * share) if name in ("a", "b") else nbytes
-    return total
+    sizes = [(name in ("a", "b"), math.prod(leaf.shape) * leaf.dtype.itemsize) for name, leaf in leaves]
+    return sum(int(nbytes * share) if factor else nbytes for factor, nbytes in sizes)
 
 
 def traffic_of(
@@ -60,8 +59,11 @@ def traffic_of(
     message = adapters  # a delta takes the room of the adapters, in their type
     if algorithm.client.report is not None:
         message = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), messages)
-    download = tree_bytes(adapters, share=share) + tree_bytes(received) + extra
-    return Traffic(download, tree_bytes(message, live, share))
+    download = tree_bytes(travelling(adapters), share) + tree_bytes(travelling(received)) + extra
+    leaves = travelling(message, live)
+    if plan.codec is not None:
+        return Traffic(download, plan.codec.nbytes([leaf for _, leaf in leaves]))
+    return Traffic(download, tree_bytes(leaves, share))
 
 
 def seconds(nbytes: float, bandwidth_mbps: float) -> float:

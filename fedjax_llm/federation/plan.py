@@ -1,17 +1,19 @@
 """What stays the same from round to round, and what a round reports."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from jax import Array
 
+from fedjax_llm.compression.codec import Codec
 from fedjax_llm.data.packing import Shape
 from fedjax_llm.errors import UserError
 from fedjax_llm.federation.clients import Client
 from fedjax_llm.privacy.mechanism import Mechanism
 from fedjax_llm.training.client_update import LocalTraining, Trainer
 from fedjax_llm.training.trunk import TrunkCache
-from fedjax_llm.types import Adapters, Aggregation, Setting
+from fedjax_llm.types import Adapters, Aggregation, Setting, Stack
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,9 @@ class RoundPlan(NamedTuple):
       trunk: keeps the hidden states below the adapters; ``None``: they are computed each time.
       ranks: how many components of the adapters each client trains, [N]; empty: all of them.
       offset: what is added to the frozen weights of adapted modules (PiSSA's remainder), module -> [in, out].
+      codec: compresses what clients send; ``None``: it travels as it is.
+      malicious: which clients do the bidding of ``corrupt``, bool [N]; empty: none.
+      corrupt: what malicious clients make of their messages (``adversaries/``); ``None``: nothing.
       measure_error: whether each round measures what averaging the factors loses.
     """
 
@@ -106,6 +111,9 @@ class RoundPlan(NamedTuple):
     trunk: TrunkCache | None = None
     ranks: tuple[int, ...] = ()
     offset: dict[str, Array] = {}  # noqa: RUF012  (never written to)
+    codec: Codec | None = None
+    malicious: tuple[bool, ...] = ()
+    corrupt: Callable[[Stack, Array, Array], Stack] | None = None
     measure_error: bool = True
 
 

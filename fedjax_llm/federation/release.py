@@ -5,12 +5,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from fedjax_llm import lora as low_rank
 from fedjax_llm import trees
 from fedjax_llm.federation.plan import RoundPlan
-from fedjax_llm.federation.sampling import secret_round_key
+from fedjax_llm.federation.sampling import round_key, secret_round_key
 from fedjax_llm.privacy import noise as noises
 from fedjax_llm.privacy.clipping import Clip, clip_units
 from fedjax_llm.privacy.mechanism import AdaptiveClip, Mechanism
@@ -134,6 +135,51 @@ def noised_messages(plan: RoundPlan, messages: PyTree, ids: Array, index: Array,
 def _noised_messages(messages: PyTree, keys: Array, stddev: Array) -> PyTree:
     noise = jax.vmap(noises.gaussian)(keys, messages, stddev)
     return jax.tree.map(jnp.add, messages, noise)
+
+
+def compressed(plan: RoundPlan, messages: PyTree, memory: PyTree, ids: Array, number: int) -> tuple[PyTree, PyTree]:
+    """Messages [C, ...] as the server decodes them, and what the clients remember of what was lost."""
+    if plan.codec is None:
+        return messages, memory
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(round_key(plan.key, number, "compression"), ids)
+    return _compressed(plan.codec.code, keys, messages, memory)
+
+
+@partial(jax.jit, static_argnums=0)
+def _compressed(code, keys: Array, messages: PyTree, memory: PyTree) -> tuple[PyTree, PyTree]:
+    return jax.vmap(code)(keys, messages, memory)
+
+
+def corrupted(plan: RoundPlan, view: View | None, cohort: np.ndarray, number: int) -> View | None:
+    """The view that the algorithm asks for, after the malicious clients of the cohort had their way."""
+    if plan.corrupt is None or view is None:
+        return view
+    assert isinstance(view, Stack)
+    malicious = jnp.asarray(np.asarray(plan.malicious)[cohort])
+    view = _corrupted(plan.corrupt, view, malicious, round_key(plan.key, number, "attack"))
+    if plan.aggregation.view is Stack:
+        return view
+    return Sum(trees.weighted_sum(view.weights, view.messages), jnp.sum(view.weights))
+
+
+@partial(jax.jit, static_argnums=0)
+def _corrupted(corrupt, view: Stack, malicious: Array, key: Array) -> Stack:
+    return corrupt(view, malicious, key)
+
+
+def template(plan: RoundPlan, adapters: PyTree) -> PyTree:
+    """Zeros like one client's message."""
+    _, shared = low_rank.partition(adapters, plan.aggregation.personal)
+    algorithm, delta = plan.aggregation, trees.zeros(shared)
+    if algorithm.client.report is None:
+        return delta
+    scalar = jnp.float32(0)
+    received = () if algorithm.broadcast is None else algorithm.broadcast(algorithm.init(shared))
+    memory = () if algorithm.client.init is None else algorithm.client.init(shared)
+    trained = Trained(delta, shared, scalar, scalar, *((scalar, delta) if algorithm.client.probe else ()))
+    local = Local(shared, memory, received, jnp.int32(0))
+    shapes, _ = jax.eval_shape(algorithm.client.report, trained, local)
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
 def nothing(plan: RoundPlan, adapters: PyTree) -> View | None:

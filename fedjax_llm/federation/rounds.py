@@ -6,6 +6,7 @@ gradients are clipped and steps are noised in local training, messages and sums 
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -34,7 +35,7 @@ from fedjax_llm.federation.plan import ClientReport, RoundPlan, RoundReport
 from fedjax_llm.federation.sampling import round_key, sample_clients, sample_cohort, secret_round_key
 from fedjax_llm.training import client_update
 from fedjax_llm.training.client_update import LocalState, Secrets
-from fedjax_llm.types import Local, Params, PyTree, RoundState, Sum
+from fedjax_llm.types import Local, Params, PyTree, RoundState, Stack, Sum, View
 
 
 class _Moment(NamedTuple):
@@ -75,6 +76,8 @@ def initial_state(plan: RoundPlan, adapters: PyTree) -> RoundState:
         client_state["memory"] = trees.repeat(algorithm.client.init(shared), count)
     if algorithm.own is not None:
         client_state["own"] = trees.repeat(adapters, count)
+    if plan.codec is not None:
+        client_state["compression"] = trees.repeat(plan.codec.init(release.template(plan, adapters)), count)
     if plan.ranks:
         client_state["rank"] = jnp.array(plan.ranks, jnp.int32)
     server_state = algorithm.init(shared)
@@ -109,6 +112,7 @@ def run_round(plan: RoundPlan, params: Params, state: RoundState, attempt: int =
       UserError: without differential privacy, not one client of the cohort came back with a finite update.
     """
     number, algorithm = int(state.round) + 1, plan.aggregation
+    kind = algorithm.view if plan.corrupt is None else Stack  # attackers see all; the algorithm still sees its view
     cohort = cohort_of(plan, number, attempt)
     sampled = plan.mechanism is not None and plan.mechanism.cohort_probability is not None
     slots = min(plan.execution.clients_per_chunk, len(plan.clients) if sampled else len(cohort))
@@ -130,38 +134,55 @@ def run_round(plan: RoundPlan, params: Params, state: RoundState, attempt: int =
         if plan.setting == "local":
             adapters = trees.put(adapters, index, chunk.adapters)
         else:
-            view = release.join(view, algorithm.view, chunk.messages, chunk.weights, len(members))
+            view = release.join(view, kind, chunk.messages, chunk.weights, len(members))
             ideal = effective.join(plan, ideal, chunk.adapters, chunk.weights)
         for name, kept in chunk.kept.items():
             client_state[name] = trees.put(client_state[name], index, kept)
         below_clip += chunk.below_clip
         reports.extend(chunk.reports)
         padded_tokens += chunk.padded_tokens
-    if plan.mechanism is None and not any(report.included for report in reports):
+    if plan.mechanism is None:
+        _check_included(number, reports)
+    view = release.corrupted(plan, view, cohort, number)
+    served = _served(plan, moment, state, view, below_clip)
+    after = RoundState(jnp.int32(number), adapters, state.server_state, client_state, state.privacy_state)
+    after = replace(after, **served)
+    clip_norm = None if plan.mechanism is None else float(release.clip_norm(plan.mechanism, state.privacy_state))
+    return after, RoundReport(
+        clients=tuple(reports),
+        tokens=sum(report.tokens for report in reports),
+        padded_tokens=padded_tokens,
+        update_norm=_distance(after.adapters, state.adapters),
+        clip_norm=clip_norm,
+        aggregation_error=effective.error(plan, ideal, state, after),
+    )
+
+
+def _check_included(number: int, reports: Sequence[ClientReport]) -> None:
+    """Refuses a round that nobody's update is left of."""
+    if not any(report.included for report in reports):
         raise UserError(
             f"round {number}: not one client came back with a finite update (losses: "
             + ", ".join(f"{report.name} {report.loss:.3g}" for report in reports)
             + "); lower training.optimizer.learning_rate"
         )
-    server_state, privacy_state, clip_norm = state.server_state, state.privacy_state, None
+
+
+def _served(
+    plan: RoundPlan, moment: _Moment, state: RoundState, view: View | None, below_clip: Array
+) -> dict[str, PyTree]:
+    """What the server makes of its view: the parts of the state that change."""
+    if view is None:
+        return {}
+    privacy_state = state.privacy_state
     if plan.mechanism is not None:
-        clip_norm = release.clip_norm(plan.mechanism, privacy_state)
-        view, privacy_state = release.noised_sum(plan, view, privacy_state, below_clip, number, attempt)
+        moment_of = (moment.number, moment.attempt)
+        view, privacy_state = release.noised_sum(plan, view, privacy_state, below_clip, *moment_of)
         if isinstance(view, Sum) and moment.live is not None:  # no noise where nothing is trained
-            view = Sum(
-                low_rank.masked(view.total, {name: np.float32(on) for name, on in moment.live.items()}), view.weight
-            )
-    if view is not None:
-        adapters, server_state = _aggregate(algorithm.update, view, state.server_state, state.adapters)
-    after = RoundState(jnp.int32(number), adapters, server_state, client_state, privacy_state)
-    return after, RoundReport(
-        clients=tuple(reports),
-        tokens=sum(report.tokens for report in reports),
-        padded_tokens=padded_tokens,
-        update_norm=_distance(adapters, state.adapters),
-        clip_norm=None if clip_norm is None else float(clip_norm),
-        aggregation_error=effective.error(plan, ideal, state, after),
-    )
+            live = {name: np.float32(on) for name, on in moment.live.items()}
+            view = Sum(low_rank.masked(view.total, live), view.weight)
+    adapters, server_state = _aggregate(plan.aggregation.update, view, state.server_state, state.adapters)
+    return {"adapters": adapters, "server_state": server_state, "privacy_state": privacy_state}
 
 
 def _run_chunk(plan: RoundPlan, moment: _Moment, state: RoundState, members: np.ndarray, index: Array) -> _Chunk:
@@ -199,11 +220,12 @@ def _run_chunk(plan: RoundPlan, moment: _Moment, state: RoundState, members: np.
     outcome = release.Outcome(ended, local, steps, rate, probe)
     updates = release.updates(plan, outcome, jnp.asarray(weights(plan, clients, slots)), state.privacy_state)
     messages = release.noised_messages(plan, updates.messages, ids, index, number, attempt)
+    messages, lost = release.compressed(plan, messages, kept.get("compression", ()), ids, number)
     ranks = np.asarray(local.rank)
     traffic = [traffic_of(plan, state.adapters, moment.received, messages, moment.live, int(rank)) for rank in ranks]
     return _Chunk(
         adapters=trees.select(updates.finite, ended.adapters, local.start),
-        kept=_kept(plan, kept, own, begun, ended, local, updates),
+        kept=_kept(plan, kept, own, lost, begun, ended, local, updates),
         messages=messages,
         weights=updates.weights,
         below_clip=updates.below_clip,
@@ -240,6 +262,7 @@ def _kept(
     plan: RoundPlan,
     kept: dict[str, PyTree],
     own: PyTree,
+    lost: PyTree,
     begun: LocalState,
     ended: LocalState,
     local: Local,
@@ -255,6 +278,8 @@ def _kept(
         after["personal"] = trees.select(finite, factors, kept["personal"])
     if algorithm.client.rank is not None and plan.ranks:
         after["rank"] = jnp.where(finite, jax.vmap(algorithm.client.rank)(ended.adapters, local), local.rank)
+    if plan.codec is not None:
+        after["compression"] = trees.select(finite, lost, kept.get("compression", ()))
     if algorithm.own is not None:
         after["own"] = trees.select(jnp.asarray(trees.finite(own)), own, kept["own"])
     return {name: after[name] for name in kept}

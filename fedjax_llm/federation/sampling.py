@@ -12,11 +12,11 @@ from jax import Array
 from fedjax_llm.data.records import EncodedExample
 from fedjax_llm.privacy import noise
 
-_PURPOSES = ("cohort", "order", "dropout")
+_PURPOSES = ("cohort", "order", "dropout", "compression", "attack", "availability")
 
 
 def round_key(key: Array, round_number: int, purpose: str) -> Array:
-    """The key of one purpose in one round: ``cohort``, ``order`` of the examples, or ``dropout``."""
+    """The key of one purpose in one round: ``cohort``, ``order`` of the examples, ``dropout``, ..."""
     keys = jax.random.split(jax.random.fold_in(key, round_number), len(_PURPOSES))
     return keys[_PURPOSES.index(purpose)]
 

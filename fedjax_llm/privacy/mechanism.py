@@ -40,6 +40,7 @@ class Regime(NamedTuple):
       messages: ``deltas`` if clients send nothing else, or what is ``other``.
       probes: whether clients tell loss and gradient without noise.
       ranks: whether clients train adapters of different ranks.
+      compressed: whether what clients send is compressed with loss.
       own: whether each client trains adapters of its own besides the shared ones.
     """
 
@@ -62,6 +63,7 @@ class Regime(NamedTuple):
     probes: bool = False
     ranks: bool = False
     own: bool = False
+    compressed: bool = False
 
 
 class Population(NamedTuple):

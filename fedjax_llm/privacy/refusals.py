@@ -161,6 +161,12 @@ def sum_view(name: str, regime: Regime) -> None:
             "or a mechanism that adds noise at the sites (DpSgd, LocalDp)"
         )
     deltas(name, regime)
+    if regime.compressed:
+        raise UserError(
+            f"compression changes what clients send after {name} has clipped it: rounding moves norms above the clip "
+            "norm, and no noise covers that. Set compression to None, or choose a mechanism that adds noise at the "
+            "sites (DpSgd, LocalDp)"
+        )
 
 
 def _wrong_unit(name: str, unit: Unit) -> str:

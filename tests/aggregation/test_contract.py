@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import same
 
-from fedjax_llm import aggregation, trees
+from fedjax_llm import aggregation, lora, trees
 from fedjax_llm.errors import UserError
-from fedjax_llm.types import Stack, Sum
+from fedjax_llm.types import Local, Stack, Sum, Trained
 
 C = 4
 
@@ -58,17 +58,50 @@ def random_tree(seed: int, *leading: int):
 ADAPTERS = random_tree(0)
 
 
-def shown(algorithm: type, deltas, weights):
-    """The declared view of clients' deltas [C, ...] and weights [C]."""
+def travels(algorithm: type, tree):
+    """The part of a tree like the adapters that is no client's own."""
+    return lora.partition(tree, made(algorithm)[0].personal)[1]
+
+
+def messages(algorithm: type, deltas, adapters=None):
+    """What clients send that have moved by ``deltas`` [C, ...] from the adapters, in their first round."""
+    aggregator = made(algorithm)[0]
+    if aggregator.client.report is None:
+        return deltas
+    adapters = travels(algorithm, ADAPTERS) if adapters is None else adapters
+    count = jax.tree.leaves(deltas)[0].shape[0]
+    received = () if aggregator.broadcast is None else aggregator.broadcast(aggregator.init(adapters))
+    memory = () if aggregator.client.init is None else aggregator.client.init(adapters)
+    local = trees.repeat(Local(adapters, memory, received, jnp.int32(2)), count)
+    end = jax.tree.map(lambda a, d: (a + d).astype(a.dtype), adapters, deltas)
+    probe = (jnp.ones(count), deltas) if aggregator.client.probe else ()
+    trained = Trained(deltas, end, jnp.full(count, 2.0), jnp.full(count, 0.1), *probe)
+    return jax.vmap(aggregator.client.report)(trained, local)[0]
+
+
+def shown(algorithm: type, deltas, weights, adapters=None):
+    """The declared view of clients that have moved by ``deltas`` [C, ...], with weights [C]; zero: left out."""
     weights = jnp.asarray(weights, jnp.float32)
+    sent = messages(algorithm, travels(algorithm, deltas), adapters)
+    sent = trees.select(weights > 0, sent, jax.tree.map(jnp.zeros_like, sent))
     if made(algorithm)[0].view is Stack:
-        return Stack(deltas, weights)
-    return Sum(trees.weighted_sum(weights, deltas), weights.sum())
+        return Stack(sent, weights)
+    return Sum(trees.weighted_sum(weights, sent), weights.sum())
+
+
+def effective(algorithm: type, adapters, state):
+    """What the server has made of the weights: products of whole factors, and what was moved into the base."""
+    residual = made(algorithm)[0].residual
+    moved = {} if residual is None else residual(state)
+    whole = all({"a", "b"} <= factors.keys() for factors in adapters.values())
+    product = lora.products(adapters) if whole else adapters
+    return jax.tree.map(jnp.add, product, moved) if moved else product
 
 
 def played(algorithm: type, views, state=None, adapters=ADAPTERS):
     """Adapters and state after one update with each view."""
     aggregator, update = made(algorithm)
+    adapters = travels(algorithm, adapters)
     state = aggregator.init(adapters) if state is None else state
     for view in views:
         adapters, state = update(view, state, adapters)
@@ -97,12 +130,18 @@ def test_it_is_a_frozen_dataclass_with_defaults_that_declares_its_view(algorithm
 @every
 def test_it_moves_towards_the_clients_and_keeps_shapes_and_types(algorithm):
     delta = random_tree(1)
-    moved, _ = played(algorithm, [shown(algorithm, trees.repeat(delta, C), np.ones(C))])
+    moved, state = played(algorithm, [shown(algorithm, trees.repeat(delta, C), np.ones(C))])
+    start = travels(algorithm, ADAPTERS)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), moved) == jax.tree.map(
-        lambda leaf: (leaf.shape, leaf.dtype), ADAPTERS
+        lambda leaf: (leaf.shape, leaf.dtype), start
     )
-    step = trees.subtract(moved, ADAPTERS)
-    along = sum(jnp.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, (step, delta)), strict=True))
+    there = jax.tree.map(jnp.add, start, travels(algorithm, delta))
+    before, after = effective(algorithm, start, made(algorithm)[0].init(start)), effective(algorithm, moved, state)
+    step, wanted = (
+        trees.subtract(after, before),
+        trees.subtract(effective(algorithm, there, made(algorithm)[0].init(start)), before),
+    )
+    along = sum(jnp.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, (step, wanted)), strict=True))
     assert along > 0
 
 
@@ -130,23 +169,29 @@ def test_the_scale_of_the_weights_does_not_matter(algorithm, scale, seed):
 @every
 def test_a_client_of_weight_zero_is_as_if_it_were_not_there(algorithm):
     deltas, weights = random_tree(2, C), np.array([1.0, 2.0, 3.0, 0.0])
-    absent = trees.select(weights > 0, deltas, jax.tree.map(jnp.zeros_like, deltas))
-    one = played(algorithm, [shown(algorithm, absent, weights)])
+    one = played(algorithm, [shown(algorithm, deltas, weights)])
     other = played(algorithm, [shown(algorithm, trees.take(deltas, np.arange(3)), weights[:3])])
     assert_close(one, other)
 
 
 @every
 def test_no_change_is_a_fixed_point(algorithm):
-    still = shown(algorithm, jax.tree.map(jnp.zeros_like, random_tree(0, C)), np.ones(C))
-    adapters, _ = played(algorithm, [still] * 3)
-    assert same(adapters, ADAPTERS)
+    start, adapters = travels(algorithm, ADAPTERS), ADAPTERS
+    state, still = made(algorithm)[0].init(start), jax.tree.map(jnp.zeros_like, random_tree(0, C))
+    before = effective(algorithm, start, state)
+    for _ in range(3):
+        adapters, state = played(algorithm, [shown(algorithm, still, np.ones(C), adapters)], state, adapters)
+        adapters_are_products = made(algorithm)[0].client.report is not None
+        if adapters_are_products:  # the factors may be others, or all zero, if what they come to is the same
+            assert_close(effective(algorithm, adapters, state), before, 2e-5)
+        else:
+            assert same(adapters, start)
 
 
 @every
 def test_a_total_weight_of_zero_leaves_everything_as_it_is(algorithm):
     first, state = played(algorithm, [shown(algorithm, random_tree(3, C), np.ones(C))])
-    nobody = shown(algorithm, jax.tree.map(jnp.zeros_like, random_tree(0, C)), np.zeros(C))
+    nobody = shown(algorithm, random_tree(0, C), np.zeros(C))
     adapters, after = played(algorithm, [nobody], state, first)
     assert same(adapters, first)
     assert same(after, state)
@@ -166,7 +211,8 @@ def test_the_state_survives_a_checkpoint_and_a_break(algorithm):
 def test_jit_changes_nothing(algorithm):
     view = shown(algorithm, random_tree(4, C), np.ones(C))
     aggregator, _ = made(algorithm)
-    assert_close(aggregator.update(view, aggregator.init(ADAPTERS), ADAPTERS), played(algorithm, [view]))
+    start = travels(algorithm, ADAPTERS)
+    assert_close(aggregator.update(view, aggregator.init(start), start), played(algorithm, [view]))
 
 
 @every
@@ -192,10 +238,10 @@ def test_chunks_folded_one_by_one_equal_all_at_once(algorithm, cuts, seed):
 @every
 def test_adapters_in_bfloat16_stay_so(algorithm):
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), ADAPTERS)
-    view = shown(algorithm, random_tree(6, C), np.ones(C))
+    view = shown(algorithm, random_tree(6, C), np.ones(C), travels(algorithm, half))
     adapters, state = played(algorithm, [view] * 2, adapters=half)
     assert {leaf.dtype for leaf in jax.tree.leaves(adapters)} == {jnp.dtype("bfloat16")}
-    fresh = made(algorithm)[0].init(half)
+    fresh = made(algorithm)[0].init(travels(algorithm, half))
     assert jax.tree.map(lambda leaf: leaf.dtype, state) == jax.tree.map(lambda leaf: leaf.dtype, fresh)
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from toy_rounds import play, toy_model, toy_plan, toy_trainer
 
 from fedjax_llm import lora
-from fedjax_llm.federation.communication import Traffic, seconds, totals, traffic_of, tree_bytes
+from fedjax_llm.federation.communication import Traffic, seconds, totals, traffic_of, travelling, tree_bytes
 from fedjax_llm.training.client_update import LocalTraining
 
 counts = st.integers(1, 10**9)
@@ -47,8 +47,8 @@ def test_adapters_travel_both_ways():
 
 def test_what_is_not_trained_or_beyond_the_rank_does_not_travel():
     tree = {"m": {"a": jnp.zeros((10, 4)), "b": jnp.zeros((4, 6))}}
-    assert tree_bytes(tree) == 4 * (40 + 24)
-    assert tree_bytes(tree, {"a": 0.0, "b": 1.0}) == 4 * 24
+    assert tree_bytes(travelling(tree)) == 4 * (40 + 24)
+    assert tree_bytes(travelling(tree, {"a": 0.0, "b": 1.0})) == 4 * 24
     plan = toy_plan(toy_trainer(), STEPS)._replace(ranks=(3, 1, 3, 1, 3))
     stacked = jax.tree.map(lambda leaf: leaf[None], tree)
     assert traffic_of(plan, tree, (), stacked, None, 1) == Traffic(4 * (10 + 6), 4 * (10 + 6))
