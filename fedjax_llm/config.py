@@ -27,7 +27,7 @@ from fedjax_llm.models.loading import BaseType
 from fedjax_llm.privacy.guarantee import Privacy
 from fedjax_llm.privacy.mechanism import Regime
 from fedjax_llm.training.client_update import LocalTraining
-from fedjax_llm.types import Setting
+from fedjax_llm.types import Aggregation, Setting, Sum
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,15 @@ class Experiment:
             raise UserError(
                 f"attack is {self.attack} and malicious is {self.malicious}: set both (how, and how many), or neither"
             )
+        if self.federation.asynchronous is not None and self.setting == "federated":
+            algorithm = self.aggregation.make()
+            plain = Aggregation(algorithm.init, algorithm.update, algorithm.view, ranks=algorithm.ranks)
+            if algorithm != plain:
+                raise UserError(
+                    "federation.asynchronous takes updates that began with older adapters, and "
+                    f"{type(self.aggregation).__name__} does more with its clients than average deltas. Choose an "
+                    "aggregation of deltas (such as FedAvg, FedAvgM or FedAdam), or set it to None"
+                )
         if self.lora.ranks and self.compression is not None:
             raise UserError("lora.ranks and compression do not go together; set one of them to () or None")
         if self.lora.ranks and self.setting == "federated" and not self.aggregation.make().ranks:
@@ -162,6 +171,13 @@ class Experiment:
                 f"lora.ranks is {self.lora.ranks}, but {type(self.aggregation).__name__} cannot aggregate adapters of "
                 "different ranks; choose FlexLora, HetLora, FLora or FedAvg, or set lora.ranks to ()"
             )
+        if self.setting == "federated" and self.aggregation.make().whole:
+            kind = f"lora.train is {self.lora.train!r}" if self.lora.train != "both" else "lora.dora is True"
+            if self.lora.train != "both" or self.lora.dora:
+                raise UserError(
+                    f"{type(self.aggregation).__name__} works on products of both factors, but {kind}: train plain "
+                    "LoRA (lora.train='both', lora.dora=False), or choose FedAvg"
+                )
         if self.privacy.mechanism is not None and self.setting != "base":
             self.privacy.check(regime_of(self))
 
@@ -186,12 +202,15 @@ def regime_of(experiment: Experiment) -> Regime:
         constant_rate=local.round_schedule.shape == local.local_schedule.shape == "constant",
         proximal=local.proximal,
         adapter_dtype=experiment.lora.dtype,
-        server_view=algorithm.view.__name__,
+        server_view="Sum" if algorithm.view is Sum else "Stack",
         messages="deltas" if algorithm.client.report is None else "other",
         probes=algorithm.client.probe,
         ranks=bool(experiment.lora.ranks),
         own=algorithm.own is not None,
         compressed=experiment.compression is not None,
+        asynchronous=federation.asynchronous is not None,
+        unreliable=federation.availability is not None,
+        over_selection=1.0 if federation.availability is None else federation.availability.over_selection,
     )
 
 

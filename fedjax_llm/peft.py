@@ -1,7 +1,7 @@
 """Adapters in the format of PEFT, both ways: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
 PEFT keeps ``lora_A`` as [R, in] and ``lora_B`` as [out, R], unscaled, and computes ``x W' + (alpha / R) x A' B'``:
-ours, transposed. Only plain LoRA is read; a variant that computes something else is refused by name.
+ours, transposed. LoRA, rsLoRA and DoRA are read; a variant that computes something else is refused by name.
 """
 
 import json
@@ -22,10 +22,10 @@ from fedjax_llm.types import Adapters
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = "base_model.model.model.{path}.lora_{factor}.weight"
+_MAGNITUDE = "base_model.model.model.{path}.lora_magnitude_vector"
 _KEY_PATTERN = re.compile(r"base_model\.model\.model\.(layers\.\d+\..+)\.lora_([AB])\.weight")
 
 _REFUSED = {
-    "use_dora": "DoRA",
     "lora_bias": "a bias on lora_B",
     "modules_to_save": "fully trained modules beside the adapters",
     "trainable_token_indices": "trained embeddings",
@@ -72,6 +72,8 @@ def write_adapter(folder: Path, adapters: Adapters, lora: Lora, base_model: str)
             raise ValueError(f"{path}: a {a.shape} and b {b.shape} are no factors of rank {lora.rank}")
         tensors[_KEY.format(path=path, factor="A")] = np.ascontiguousarray(a.T)
         tensors[_KEY.format(path=path, factor="B")] = np.ascontiguousarray(b.T)
+        if lora.dora:
+            tensors[_MAGNITUDE.format(path=path)] = np.asarray(factors["m"], np.float32)
     if not tensors:
         raise ValueError("there are no adapters to write")
     modules, layers = _grid(adapters)
@@ -88,7 +90,8 @@ def write_adapter(folder: Path, adapters: Adapters, lora: Lora, base_model: str)
         "layers_to_transform": layers if lora.layers else None,
         "init_lora_weights": "gaussian" if lora.init == "gaussian" else True,
         "bias": "none",
-        "use_rslora": False,
+        "use_rslora": lora.rslora,
+        "use_dora": lora.dora,
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
@@ -96,9 +99,7 @@ def write_adapter(folder: Path, adapters: Adapters, lora: Lora, base_model: str)
 
 
 def read_adapter(folder: Path) -> tuple[Lora, Adapters]:
-    """Reads a PEFT adapter of plain LoRA.
-
-    Rank-stabilised scaling, alpha / sqrt(R), becomes the ``alpha`` that gives the same under alpha / R.
+    """Reads a PEFT adapter of LoRA, rank-stabilised or not, or of DoRA.
 
     Returns:
       What made it, with exact module paths as targets, and its factors in float32, unscaled.
@@ -111,14 +112,21 @@ def read_adapter(folder: Path) -> tuple[Lora, Adapters]:
     lora = _plain_lora(config, folder / _CONFIG)
     targets, named = _declared(config, folder / _CONFIG)
     tensors = _read_weights(folder)
+    names = [name for name in tensors if lora.dora and name.endswith(".lora_magnitude_vector")]
+    magnitudes = {name: tensors.pop(name) for name in names}
     paths = _check_tensors(folder, tensors, targets, named, lora.rank)
-    adapters = {
+    absent = [path for path in paths if lora.dora and _MAGNITUDE.format(path=path) not in magnitudes]
+    _raise_faults(folder, [_MAGNITUDE.format(path=path) for path in absent], [], [])
+    adapters: Adapters = {
         path: {
             "a": jnp.asarray(tensors[_KEY.format(path=path, factor="A")].T),
             "b": jnp.asarray(tensors[_KEY.format(path=path, factor="B")].T),
         }
         for path in paths
     }
+    if lora.dora:
+        for path, factors in adapters.items():
+            factors["m"] = jnp.asarray(magnitudes[_MAGNITUDE.format(path=path)])
     modules, layers = _grid(paths)
     all_layers = not named and not isinstance(targets, str) and not any("layers." in name for name in targets)
     return replace(lora, targets=tuple(modules), layers=() if all_layers else tuple(layers)), adapters
@@ -172,7 +180,9 @@ def _plain_lora(config: Mapping[str, Any], path: Path) -> Lora:
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
         return Lora(
             rank=rank,
-            alpha=alpha * rank**0.5 if config.get("use_rslora") else alpha,
+            alpha=alpha,
+            rslora=bool(config.get("use_rslora")),
+            dora=bool(config.get("use_dora")),
             dropout=float(config.get("lora_dropout") or 0.0),
             init="gaussian" if _INITS[str(start).lower()] == "gaussian" else "kaiming",
         )

@@ -123,6 +123,7 @@ class Aggregation(NamedTuple):
         besides (Ditto); ``None``: it has none.
       download: ``download(cohort, adapters) -> bytes``: what a client receives besides the adapters and ``broadcast``.
       ranks: whether clients may train adapters of different ranks.
+      whole: whether the update takes products apart, so that clients must train both factors, and nothing else.
     """
 
     init: Callable[[PyTree], PyTree]
@@ -136,6 +137,7 @@ class Aggregation(NamedTuple):
     own: float | None = None
     download: Callable[[int, PyTree], int] | None = None
     ranks: bool = False
+    whole: bool = False
 
 
 class Aggregator(Protocol):

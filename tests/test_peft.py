@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -95,6 +96,7 @@ def test_files(folder, model):
         "init_lora_weights": True,
         "bias": "none",
         "use_rslora": False,
+        "use_dora": False,
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
@@ -164,9 +166,24 @@ def test_writing_refuses_what_the_format_cannot_say(tmp_path, model):
 # Reading what others wrote.
 
 
-def test_rank_stabilised_scaling_is_converted(folder):
+def test_rank_stabilised_scaling_is_kept(folder):
     configure(folder, use_rslora=True)
-    assert read_adapter(folder)[0].scaling == pytest.approx(6 / math.sqrt(3), rel=1e-15)
+    lora, _ = read_adapter(folder)
+    assert lora.rslora
+    assert lora.scaling == pytest.approx(6 / math.sqrt(3), rel=1e-15)
+
+
+def test_magnitudes_are_read_and_written(folder, tmp_path):
+    lora, adapters = read_adapter(folder)
+    for number, factors in enumerate(adapters.values()):
+        factors["m"] = jnp.arange(factors["b"].shape[1]) + float(number)
+    write_adapter(tmp_path / "dora", adapters, replace(lora, dora=True), "some/model")
+    found, again = read_adapter(tmp_path / "dora")
+    assert found.dora
+    assert same(again, adapters)
+    retensor(tmp_path / "dora", {Q_A.replace("lora_A.weight", "lora_magnitude_vector"): None})
+    with pytest.raises(UserError, match=r"1 missing: .*layers.0.*q_proj.lora_magnitude_vector"):
+        read_adapter(tmp_path / "dora")
 
 
 @pytest.mark.parametrize(
@@ -199,7 +216,6 @@ def test_a_single_layer_as_a_number(folder, model):
     ("fields", "message"),
     [
         ({"peft_type": "LOHA"}, "of type 'LOHA'; only 'LORA'"),
-        ({"use_dora": True}, r"use_dora \(DoRA\)"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
         ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),

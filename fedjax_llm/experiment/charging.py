@@ -17,8 +17,8 @@ import fedjax_llm
 from fedjax_llm.config import MAY_CHANGE, Experiment, to_json
 from fedjax_llm.errors import UserError
 from fedjax_llm.experiment.prepare import Prepared
+from fedjax_llm.federation.cohorts import cohort_of
 from fedjax_llm.federation.plan import RoundPlan
-from fedjax_llm.federation.rounds import cohort_of
 from fedjax_llm.privacy import guarantee, ledger
 from fedjax_llm.privacy.events import Event, merge
 from fedjax_llm.privacy.guarantee import Privacy

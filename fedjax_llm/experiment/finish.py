@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fedjax_llm import lora as low_rank
@@ -102,8 +101,8 @@ def finish(prepared: Prepared, ended: Ended | None, folder: Path, progress: RunP
 def _evaluation(prepared: Prepared, state: RoundState | None, progress: RunProgress) -> dict[str, Any]:
     """``evaluation.json``: base and tuned model on the same records, questions and prompts."""
     base, scaling, held_out = prepared.base, prepared.lora.scaling, prepared.held_out
-    # Adapters of zeros are exactly the base model, and need no programs of their own to be compiled.
-    nothing: Adapters = jax.tree.map(jnp.zeros_like, low_rank.join(prepared.adapters, prepared.frozen))
+    # Adapters that change nothing are exactly the base model, and need no programs of their own to be compiled.
+    nothing = low_rank.silent(low_rank.join(prepared.adapters, prepared.frozen), base.params)
     models = {"base": (base, dict.fromkeys(held_out.test, nothing))}
     if state is not None and prepared.plan is not None:
         models["final"] = (tuned_base(prepared, state), adapters_of(prepared.plan, held_out.test, state))
@@ -145,11 +144,23 @@ def export(prepared: Prepared, state: RoundState, folder: Path) -> None:
     assert prepared.plan is not None
     if not personal(prepared.plan):
         whole = low_rank.join(state.adapters, prepared.frozen)
-        peft.write_adapter(folder / "adapter", whole, prepared.lora, prepared.base.name)
+        _write(prepared, state, folder / "adapter", whole)
         return
     names = [client.name for client in prepared.plan.clients]
     for name, own in adapters_of(prepared.plan, names, state).items():
-        peft.write_adapter(folder / "adapters" / name, own, prepared.lora, prepared.base.name)
+        _write(prepared, state, folder / "adapters" / name, own)
+
+
+def _write(prepared: Prepared, state: RoundState, folder: Path, adapters: Adapters) -> None:
+    """Writes adapters for the untouched base model: what was moved into its weights goes into the factors."""
+    assert prepared.plan is not None
+    lora, moved = prepared.lora, effective.moved(prepared.plan, state.server_state)
+    whole = low_rank.whole(adapters)
+    if moved:
+        products = low_rank.products(whole)
+        change = {path: lora.scaling * product + moved.get(path, 0.0) for path, product in products.items()}
+        lora, whole = low_rank.factored(change, lora)
+    peft.write_adapter(folder, whole, lora, prepared.base.name)
 
 
 def summarise(

@@ -115,6 +115,8 @@ def prepare(experiment: Experiment, progress: RunProgress) -> Prepared:
         plan = _plan(experiment, base, lora, frozen, train, run_key, mechanism)
         if mechanism is not None:
             plan = plan._replace(secret_key=_secret_key(experiment, fingerprint))
+        if experiment.start_from is None:
+            plan = plan._replace(offset=low_rank.remainder(whole, lora))
         plan = plan._replace(trunk=_trunk(experiment, base, adapters, train, held_out))
     parts = (dataset, sites, train, lengths, held_out, plan, population, fingerprint)
     return Prepared(experiment, base, lora, adapters, frozen, *parts)
@@ -265,8 +267,10 @@ def trainer_of(
 def _adapters(experiment: Experiment, base: BaseModel, key: jax.Array) -> tuple[Lora, Adapters]:
     """Fresh adapters, or those of ``start_from`` with their own rank, alpha and targets."""
     if experiment.start_from is None:
-        return experiment.lora, low_rank.init(key, experiment.lora, base.model)
+        return experiment.lora, low_rank.init(key, experiment.lora, base.model, base.params)
     lora, adapters = peft.read_adapter_for(Path(experiment.start_from), base.model)
+    if experiment.lora.train == "core":
+        adapters = low_rank.cored(adapters)
     return replace(lora, dropout=experiment.lora.dropout, train=experiment.lora.train), adapters
 
 

@@ -157,7 +157,7 @@ def metrics_line(
             "download_bytes": client.download_bytes,
             "upload_bytes": client.upload_bytes,
         }
-        | ({} if client.rank is None else {"rank": client.rank})
+        | {name: value for name in ("rank", "staleness") if (value := getattr(client, name)) is not None}
         for client in report.clients
     }
     return {
@@ -168,11 +168,23 @@ def metrics_line(
         "sites": sites,
         "tokens": report.tokens,
         "padded_tokens": report.padded_tokens,
-        "download_bytes": sum(client.download_bytes for client in report.clients),
-        "upload_bytes": sum(client.upload_bytes for client in report.clients),
+        "download_bytes": sum(client.download_bytes for client in report.clients) + report.wasted.download,
+        "upload_bytes": sum(client.upload_bytes for client in report.clients) + report.wasted.upload,
         "update_norm": report.update_norm,
         "clip_norm": report.clip_norm,
         "aggregation_error": report.aggregation_error,
         "validation": validation,
         "epsilon": epsilon,
+    } | _availability(report)
+
+
+def _availability(report: RoundReport) -> dict[str, Any]:
+    """What a line says of clients that were selected in vain, and of time; nothing where all answer at once."""
+    if report.elapsed is None:
+        return {}
+    return {
+        "silent": list(report.silent),
+        "late": list(report.late),
+        "wasted_bytes": sum(report.wasted),
+        "elapsed": report.elapsed,
     }

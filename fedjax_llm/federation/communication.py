@@ -3,20 +3,14 @@
 import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
 from fedjax_llm import lora as low_rank
-from fedjax_llm.federation.plan import RoundPlan
+from fedjax_llm.federation.availability import Answers
+from fedjax_llm.federation.plan import RoundPlan, Traffic
 from fedjax_llm.types import PyTree
-
-
-class Traffic(NamedTuple):
-    """What one client receives and sends in one round, in bytes."""
-
-    download: int
-    upload: int
 
 
 def travelling(tree: PyTree, live: Mapping[str, float] | None = None) -> list[tuple[str | None, Any]]:
@@ -64,6 +58,18 @@ def traffic_of(
     if plan.codec is not None:
         return Traffic(download, plan.codec.nbytes([leaf for _, leaf in leaves]))
     return Traffic(download, tree_bytes(leaves, share))
+
+
+def in_vain(plan: RoundPlan, adapters: PyTree, received: PyTree, answers: Answers) -> dict[str, Any]:
+    """Who was selected in vain in a round, the bytes that took, and how long the round was: fields of a report."""
+    federation = plan.federation
+    if plan.setting != "federated" or (federation.availability is None and federation.asynchronous is None):
+        return {}
+    # The server's traffic with a client that sends a delta of full rank: nothing else is known of who was not heard.
+    usual = traffic_of(plan, adapters, received, jax.tree.map(lambda leaf: leaf[None], adapters), None, 0)
+    silent, late = (tuple(plan.clients[i].name for i in places) for places in (answers.silent, answers.late))
+    wasted = Traffic(usual.download * (len(silent) + len(late)), usual.upload * len(late))
+    return {"silent": silent, "late": late, "wasted": wasted, "elapsed": answers.elapsed}
 
 
 def seconds(nbytes: float, bandwidth_mbps: float) -> float:

@@ -5,7 +5,6 @@ measured here, in every round.
 """
 
 import math
-from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -27,33 +26,38 @@ class Ideal(NamedTuple):
 
 def params(plan: RoundPlan, base: Params, server_state: PyTree) -> Params:
     """The weights that the adapters come on top of."""
-    residual = plan.aggregation.residual
-    if residual is None and not plan.offset:
-        return base
-    return _changed(residual, plan.trainer.scaling, base, server_state, plan.offset)
+    change = moved(plan, server_state)
+    return _add(base, change) if change else base
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _changed(residual, scaling: float, base: Params, server_state: PyTree, offset: Mapping[str, Array]) -> Params:
-    change = dict(offset)
-    for path, moved in ({} if residual is None else residual(server_state)).items():
-        change[path] = change.get(path, 0.0) + scaling * moved
-    return low_rank.add(base, change)
+_add = jax.jit(low_rank.add)
 
 
-def measured(plan: RoundPlan) -> bool:
+def moved(plan: RoundPlan, server_state: PyTree) -> dict[str, Array]:
+    """What has been added to the frozen weights, module -> [in, out], with all scalings in it."""
+    residual, change = plan.aggregation.residual, dict(plan.offset)
+    for path, products in ({} if residual is None else residual(server_state)).items():
+        change[path] = change.get(path, 0.0) + plan.trainer.scaling * products
+    return change
+
+
+def measured(plan: RoundPlan, adapters: Adapters) -> bool:
     """Whether the error of averaging can be told.
 
-    It cannot where clients keep factors of their own. Where noise is added after local training, what the clients ended
-    with is no release, and nothing that is computed from it may be shown.
+    It cannot where clients keep factors of their own or begin at different times, nor for DoRA, whose weights are no
+    sum of products. Where noise is added after local training, what the clients ended with is no release, and nothing
+    that is computed from it may be shown.
     """
     released = plan.mechanism is None or plan.mechanism.noised == "steps"
-    return plan.measure_error and plan.setting == "federated" and plan.aggregation.personal is None and released
+    linear = not any("m" in factors for factors in adapters.values())
+    federated = plan.setting == "federated" and plan.aggregation.personal is None
+    federated = federated and plan.federation.asynchronous is None  # the clients did not begin together
+    return plan.measure_error and federated and released and linear
 
 
-def nothing(plan: RoundPlan) -> Ideal | None:
+def nothing(plan: RoundPlan, adapters: Adapters) -> Ideal | None:
     """Before any client."""
-    return Ideal({}, jnp.float32(0)) if measured(plan) else None
+    return Ideal({}, jnp.float32(0)) if measured(plan, adapters) else None
 
 
 def join(plan: RoundPlan, ideal: Ideal | None, adapters: PyTree, weights: Array) -> Ideal | None:

@@ -9,6 +9,7 @@ from jax import Array
 from fedjax_llm.compression.codec import Codec
 from fedjax_llm.data.packing import Shape
 from fedjax_llm.errors import UserError
+from fedjax_llm.federation.availability import Asynchronous, Availability
 from fedjax_llm.federation.clients import Client
 from fedjax_llm.privacy.mechanism import Mechanism
 from fedjax_llm.training.client_update import LocalTraining, Trainer
@@ -25,11 +26,16 @@ class Federation:
       cohort: sites that take part in a round; ``None``: all.
       weighting: whether a client's update weighs as many training ``examples`` as its site holds, or all weigh alike.
         Where examples are hidden in privacy units, as many as its site holds of those.
+      availability: who of a cohort answers, and when; ``None``: all do, at once.
+      asynchronous: clients train all the time, and the server steps when a cohort's updates are there; ``None``: it
+        waits for the clients of each round.
     """
 
     rounds: int = 10
     cohort: int | None = None
     weighting: Literal["examples", "uniform"] = "examples"
+    availability: Availability | None = None
+    asynchronous: Asynchronous | None = None
 
     def __post_init__(self) -> None:
         """Refuses impossible values."""
@@ -37,6 +43,19 @@ class Federation:
             raise UserError(f"federation.rounds is {self.rounds}; it must be at least 1")
         if self.cohort is not None and self.cohort < 1:
             raise UserError(f"federation.cohort is {self.cohort}; it must be at least 1, or None for all sites")
+        if self.asynchronous is None:
+            return
+        if self.cohort is None or self.asynchronous.concurrency < self.cohort:
+            raise UserError(
+                f"federation.asynchronous.concurrency is {self.asynchronous.concurrency} and federation.cohort is "
+                f"{self.cohort}: the cohort is the buffer's size, and at least as many clients must train at a time"
+            )
+        waits = self.availability
+        if waits is not None and (waits.deadline is not None or waits.over_selection != 1):
+            raise UserError(
+                "federation.availability.deadline and over_selection are for rounds; asynchronous clients are not "
+                "waited for. Set them to None and 1"
+            )
 
 
 @dataclass(frozen=True)
@@ -67,6 +86,13 @@ class Execution:
                 raise UserError(f"execution.{name} is {getattr(self, name)}; it must be at least 1")
         if self.trunk_megabytes < 0:
             raise UserError(f"execution.trunk_megabytes is {self.trunk_megabytes}; it must not be negative")
+
+
+class Traffic(NamedTuple):
+    """Bytes that are received from and sent to the server."""
+
+    download: int
+    upload: int
 
 
 class RoundPlan(NamedTuple):
@@ -122,7 +148,8 @@ class ClientReport:
     """What a client did in a round.
 
     ``loss`` is in nats a target token, ``None`` where no example was sampled; ``included`` says whether the update was
-    finite. ``rank`` is that of its adapters, where clients differ.
+    finite. ``rank`` is that of its adapters, where clients differ; ``staleness`` is how many steps the server took
+    while it trained, where clients are asynchronous.
     """
 
     name: str
@@ -134,6 +161,7 @@ class ClientReport:
     download_bytes: int = 0
     upload_bytes: int = 0
     rank: int | None = None
+    staleness: int | None = None
 
 
 @dataclass(frozen=True)
@@ -141,8 +169,10 @@ class RoundReport:
     """What happened in a round.
 
     Tokens are counted without and with padding. ``clip_norm`` is the bound on a unit's contribution, if there is one.
-    ``aggregation_error`` is the distance of the server's effective weights' change from the weighted mean of the
-    clients', relative to that mean (Frobenius norms over all adapted modules); ``None`` where it is not measured.
+    ``silent`` and ``late`` are the clients that were selected in vain, ``wasted`` the bytes that they took, ``elapsed``
+    the simulated time in rounds of a median client (``None`` where all answer at once). ``aggregation_error`` is the
+    distance of the server's effective weights from the weighted mean of the clients', relative to what that mean has
+    over the base model (Frobenius norms over all adapted modules); ``None`` where it is not measured.
     """
 
     clients: tuple[ClientReport, ...]
@@ -151,3 +181,7 @@ class RoundReport:
     update_norm: float
     clip_norm: float | None = None
     aggregation_error: float | None = None
+    silent: tuple[str, ...] = ()
+    late: tuple[str, ...] = ()
+    wasted: Traffic = Traffic(0, 0)
+    elapsed: float | None = None

@@ -1,5 +1,6 @@
 """From the clients' ends of a round to what the server may see: messages, bounded and blurred as the mechanism says."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -123,6 +124,15 @@ def site_noise(plan: RoundPlan, ids: Array, index: Array, number: int, attempt: 
     return jax.vmap(noises.site_noise_key, (None, 0))(key, ids), stddev[index]
 
 
+def staled(plan: RoundPlan, messages: PyTree, staleness: np.ndarray) -> PyTree:
+    """Messages [C, ...] of asynchronous clients, the less the longer they took (``federation.asynchronous``)."""
+    asynchronous = plan.federation.asynchronous
+    if asynchronous is None or plan.setting != "federated":
+        return messages
+    factors = jnp.asarray((1.0 + staleness) ** -asynchronous.staleness, jnp.float32)
+    return jax.tree.map(lambda leaf: jax.vmap(jnp.multiply)(factors, leaf), messages)
+
+
 def noised_messages(plan: RoundPlan, messages: PyTree, ids: Array, index: Array, number: int, attempt: int) -> PyTree:
     """Messages [C, ...] as they leave the sites: with the sites' own noise in local differential privacy."""
     mechanism = plan.mechanism
@@ -137,17 +147,40 @@ def _noised_messages(messages: PyTree, keys: Array, stddev: Array) -> PyTree:
     return jax.tree.map(jnp.add, messages, noise)
 
 
-def compressed(plan: RoundPlan, messages: PyTree, memory: PyTree, ids: Array, number: int) -> tuple[PyTree, PyTree]:
-    """Messages [C, ...] as the server decodes them, and what the clients remember of what was lost."""
+def compressed(
+    plan: RoundPlan,
+    messages: PyTree,
+    memory: PyTree,
+    ids: Array,
+    number: int,
+    live: Mapping[str, float] | None = None,
+) -> tuple[PyTree, PyTree]:
+    """Messages [C, ...] as the server decodes them, and what the clients remember of what was lost.
+
+    Factors that do not travel in the round (``live`` holds zero) are not coded, and what is remembered of them rests.
+    """
     if plan.codec is None:
         return messages, memory
     keys = jax.vmap(jax.random.fold_in, (None, 0))(round_key(plan.key, number, "compression"), ids)
-    return _compressed(plan.codec.code, keys, messages, memory)
+    names = [getattr(path[-1], "key", "") if path else "" for path, _ in jax.tree.leaves_with_path(messages)]
+    sent = tuple(live is None or bool(live.get(name, 1.0)) for name in names)
+    return _compressed(plan.codec.code, sent, keys, messages, memory)
 
 
-@partial(jax.jit, static_argnums=0)
-def _compressed(code, keys: Array, messages: PyTree, memory: PyTree) -> tuple[PyTree, PyTree]:
-    return jax.vmap(code)(keys, messages, memory)
+@partial(jax.jit, static_argnums=(0, 1))
+def _compressed(code, sent: tuple[bool, ...], keys: Array, messages: PyTree, memory: PyTree) -> tuple[PyTree, PyTree]:
+    """The codec sees the leaves that travel, as a list."""
+
+    def those(tree: PyTree) -> list[Array]:
+        return [leaf for leaf, on in zip(jax.tree.leaves(tree), sent, strict=True) if on]
+
+    def updated(tree: PyTree, new: list[Array]) -> PyTree:
+        rest, (leaves, structure) = iter(new), jax.tree.flatten(tree)
+        return structure.unflatten([next(rest) if on else leaf for leaf, on in zip(leaves, sent, strict=True)])
+
+    remembers = bool(jax.tree.leaves(memory))
+    decoded, lost = jax.vmap(code)(keys, those(messages), those(memory) if remembers else memory)
+    return updated(messages, decoded), updated(memory, lost) if remembers else memory
 
 
 def corrupted(plan: RoundPlan, view: View | None, cohort: np.ndarray, number: int) -> View | None:

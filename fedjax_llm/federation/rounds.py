@@ -20,8 +20,10 @@ from fedjax_llm.data.packing import pack, target_count
 from fedjax_llm.data.records import EncodedExample
 from fedjax_llm.errors import UserError
 from fedjax_llm.federation import effective, release
+from fedjax_llm.federation.availability import Answers
 from fedjax_llm.federation.clients import Client
-from fedjax_llm.federation.communication import Traffic, traffic_of
+from fedjax_llm.federation.cohorts import answers_of, most_of
+from fedjax_llm.federation.communication import in_vain, traffic_of
 from fedjax_llm.federation.local_work import (
     Work,
     learning_rates,
@@ -31,21 +33,25 @@ from fedjax_llm.federation.local_work import (
     weights,
     work_of,
 )
-from fedjax_llm.federation.plan import ClientReport, RoundPlan, RoundReport
-from fedjax_llm.federation.sampling import round_key, sample_clients, sample_cohort, secret_round_key
+from fedjax_llm.federation.plan import ClientReport, RoundPlan, RoundReport, Traffic
+from fedjax_llm.federation.sampling import round_key, secret_round_key
 from fedjax_llm.training import client_update
 from fedjax_llm.training.client_update import LocalState, Secrets
 from fedjax_llm.types import Local, Params, PyTree, RoundState, Stack, Sum, View
 
 
 class _Moment(NamedTuple):
-    """What all chunks of a round share: its number and attempt, the weights, what the server sends, what is trained."""
+    """What all chunks of a round share: its number and attempt, the weights, what the server sends, what is trained.
+
+    ``staleness`` tells by client how many steps the server has taken since it began.
+    """
 
     number: int
     attempt: int
     params: Params
     received: PyTree
     live: dict[str, float] | None
+    staleness: dict[int, int]
 
 
 class _Chunk(NamedTuple):
@@ -76,6 +82,8 @@ def initial_state(plan: RoundPlan, adapters: PyTree) -> RoundState:
         client_state["memory"] = trees.repeat(algorithm.client.init(shared), count)
     if algorithm.own is not None:
         client_state["own"] = trees.repeat(adapters, count)
+    if plan.federation.asynchronous is not None and plan.setting == "federated":
+        client_state["started"] = trees.repeat(shared, count)
     if plan.codec is not None:
         client_state["compression"] = trees.repeat(plan.codec.init(release.template(plan, adapters)), count)
     if plan.ranks:
@@ -85,15 +93,6 @@ def initial_state(plan: RoundPlan, adapters: PyTree) -> RoundState:
     if plan.setting == "local":
         shared = trees.repeat(shared, count)
     return RoundState(jnp.int32(0), shared, server_state, client_state, privacy_state)
-
-
-def cohort_of(plan: RoundPlan, number: int, attempt: int = 0) -> np.ndarray:
-    """The clients of a round, int [C], ascending; under a mechanism that samples them a secret, and maybe nobody."""
-    mechanism = plan.mechanism
-    if mechanism is not None and mechanism.cohort_probability is not None:
-        key = secret_round_key(secret(plan), number, attempt, "cohort")
-        return sample_clients(key, len(plan.clients), mechanism.cohort_probability)
-    return sample_cohort(round_key(plan.key, number, "cohort"), len(plan.clients), plan.cohort)
 
 
 def run_round(plan: RoundPlan, params: Params, state: RoundState, attempt: int = 0) -> tuple[RoundState, RoundReport]:
@@ -113,19 +112,19 @@ def run_round(plan: RoundPlan, params: Params, state: RoundState, attempt: int =
     """
     number, algorithm = int(state.round) + 1, plan.aggregation
     kind = algorithm.view if plan.corrupt is None else Stack  # attackers see all; the algorithm still sees its view
-    cohort = cohort_of(plan, number, attempt)
-    sampled = plan.mechanism is not None and plan.mechanism.cohort_probability is not None
-    slots = min(plan.execution.clients_per_chunk, len(plan.clients) if sampled else len(cohort))
+    answers = answers_of(plan, number, attempt)
+    cohort, slots = answers.cohort, min(plan.execution.clients_per_chunk, most_of(plan))
     moment = _Moment(
         number=number,
         attempt=attempt,
         params=effective.params(plan, params, state.server_state),
         received=() if algorithm.broadcast is None else algorithm.broadcast(state.server_state),
         live=None if algorithm.live is None else algorithm.live(number),
+        staleness=dict(zip(cohort.tolist(), answers.staleness.tolist(), strict=True)),
     )
     view, adapters, client_state = release.nothing(plan, state.adapters), state.adapters, dict(state.client_state)
     reports: list[ClientReport] = []
-    padded_tokens, below_clip, ideal = 0, jnp.float32(0), effective.nothing(plan)
+    padded_tokens, below_clip, ideal = 0, jnp.float32(0), effective.nothing(plan, state.adapters)
     for first in range(0, len(cohort), slots):
         members = cohort[first : first + slots]
         # Slots that stay empty point past the end: reading clamps, writing drops.
@@ -141,12 +140,14 @@ def run_round(plan: RoundPlan, params: Params, state: RoundState, attempt: int =
         below_clip += chunk.below_clip
         reports.extend(chunk.reports)
         padded_tokens += chunk.padded_tokens
-    if plan.mechanism is None:
+    if plan.mechanism is None and len(cohort):
         _check_included(number, reports)
     view = release.corrupted(plan, view, cohort, number)
     served = _served(plan, moment, state, view, below_clip)
     after = RoundState(jnp.int32(number), adapters, state.server_state, client_state, state.privacy_state)
     after = replace(after, **served)
+    if "started" in client_state:
+        client_state["started"] = _started(client_state["started"], answers, state.adapters, after.adapters)
     clip_norm = None if plan.mechanism is None else float(release.clip_norm(plan.mechanism, state.privacy_state))
     return after, RoundReport(
         clients=tuple(reports),
@@ -155,7 +156,16 @@ def run_round(plan: RoundPlan, params: Params, state: RoundState, attempt: int =
         update_norm=_distance(after.adapters, state.adapters),
         clip_norm=clip_norm,
         aggregation_error=effective.error(plan, ideal, state, after),
+        **in_vain(plan, state.adapters, moment.received, answers),
     )
+
+
+def _started(started: PyTree, answers: Answers, before: PyTree, after: PyTree) -> PyTree:
+    """What asynchronous clients train from, [N, ...]: for those who began in this round or begin after it anew."""
+    for places, adapters in ((answers.before, before), (answers.after, after)):
+        if len(places):
+            started = trees.put(started, jnp.asarray(places), trees.repeat(adapters, len(places)))
+    return started
 
 
 def _check_included(number: int, reports: Sequence[ClientReport]) -> None:
@@ -179,7 +189,7 @@ def _served(
         moment_of = (moment.number, moment.attempt)
         view, privacy_state = release.noised_sum(plan, view, privacy_state, below_clip, *moment_of)
         if isinstance(view, Sum) and moment.live is not None:  # no noise where nothing is trained
-            live = {name: np.float32(on) for name, on in moment.live.items()}
+            live = {name: jnp.float32(on) for name, on in moment.live.items()}
             view = Sum(low_rank.masked(view.total, live), view.weight)
     adapters, server_state = _aggregate(plan.aggregation.update, view, state.server_state, state.adapters)
     return {"adapters": adapters, "server_state": server_state, "privacy_state": privacy_state}
@@ -194,7 +204,8 @@ def _run_chunk(plan: RoundPlan, moment: _Moment, state: RoundState, members: np.
     ids = jnp.array([client.id for client in clients] + [0] * (slots - len(clients)))
     keys = _dropout_keys(plan, ids, number, attempt)
     kept = {name: trees.take(tree, index) for name, tree in state.client_state.items()}
-    local = _local(plan, moment, state, index, kept)
+    staleness = np.array([moment.staleness[int(i)] for i in members] + [0] * (slots - len(members)))
+    local = _local(plan, moment, state, index, kept, staleness)
     per_token = plan.local.normalise == "token"
     pack_options = {"clients": slots, "per_token": per_token, "denominators": public_denominators(plan, members)}
     batches = list(pack(work, plan.shapes, **pack_options))
@@ -219,8 +230,9 @@ def _run_chunk(plan: RoundPlan, moment: _Moment, state: RoundState, members: np.
     rate = jnp.asarray(plan.local.optimizer.learning_rate * rates.sum(axis=1), jnp.float32)
     outcome = release.Outcome(ended, local, steps, rate, probe)
     updates = release.updates(plan, outcome, jnp.asarray(weights(plan, clients, slots)), state.privacy_state)
-    messages = release.noised_messages(plan, updates.messages, ids, index, number, attempt)
-    messages, lost = release.compressed(plan, messages, kept.get("compression", ()), ids, number)
+    messages = release.staled(plan, updates.messages, staleness)
+    messages = release.noised_messages(plan, messages, ids, index, number, attempt)
+    messages, lost = release.compressed(plan, messages, kept.get("compression", ()), ids, number, moment.live)
     ranks = np.asarray(local.rank)
     traffic = [traffic_of(plan, state.adapters, moment.received, messages, moment.live, int(rank)) for rank in ranks]
     return _Chunk(
@@ -229,7 +241,7 @@ def _run_chunk(plan: RoundPlan, moment: _Moment, state: RoundState, members: np.
         messages=messages,
         weights=updates.weights,
         below_clip=updates.below_clip,
-        reports=_reports(plan, traffic, clients, work, ended.loss, updates, ranks),
+        reports=_reports(plan, traffic, clients, work, ended.loss, updates, ranks, staleness),
         padded_tokens=sum(batch.tokens.size for batch in batches),
     )
 
@@ -239,10 +251,14 @@ def _at_once(steps: Work) -> Work:
     return [[unit for step in steps for unit in step]]
 
 
-def _local(plan: RoundPlan, moment: _Moment, state: RoundState, index: Array, kept: dict[str, PyTree]) -> Local:
+def _local(
+    plan: RoundPlan, moment: _Moment, state: RoundState, index: Array, kept: dict[str, PyTree], staleness: np.ndarray
+) -> Local:
     """What the clients of a chunk begin with, leaves [C, ...]."""
     slots = len(index)
     start = trees.take(state.adapters, index) if plan.setting == "local" else trees.repeat(state.adapters, slots)
+    if "started" in kept:
+        start = trees.select(jnp.asarray(staleness > 0), kept["started"], start)
     start = low_rank.join(start, kept.get("personal", {}))
     rank = kept.get("rank", jnp.full(slots, low_rank.rank_of(low_rank.join(start, plan.frozen)), jnp.int32))
     if plan.ranks:
@@ -272,6 +288,7 @@ def _kept(
     finite, algorithm = updates.finite, plan.aggregation
     # Noise that was drawn is gone, whatever became of the update: its state always moves on.
     after: dict[str, PyTree] = {"noise": ended.noise, "memory": updates.memory, "rank": local.rank}
+    after["started"] = kept.get("started")
     after["optimizer"] = trees.select(finite, ended.optimizer, begun.optimizer)
     if algorithm.personal is not None:
         factors, _ = low_rank.partition(ended.adapters, algorithm.personal)
@@ -279,7 +296,9 @@ def _kept(
     if algorithm.client.rank is not None and plan.ranks:
         after["rank"] = jnp.where(finite, jax.vmap(algorithm.client.rank)(ended.adapters, local), local.rank)
     if plan.codec is not None:
-        after["compression"] = trees.select(finite, lost, kept.get("compression", ()))
+        # Under a mechanism every client's message counts, and nothing may tell whether its update was finite.
+        private = plan.mechanism is not None
+        after["compression"] = lost if private else trees.select(finite, lost, kept.get("compression", ()))
     if algorithm.own is not None:
         after["own"] = trees.select(jnp.asarray(trees.finite(own)), own, kept["own"])
     return {name: after[name] for name in kept}
@@ -300,6 +319,7 @@ def _reports(
     losses: Array,
     updates: release.Updates,
     ranks: np.ndarray,
+    staleness: np.ndarray,
 ) -> tuple[ClientReport, ...]:
     """What each client did."""
     per_token = plan.local.normalise == "token"
@@ -320,6 +340,7 @@ def _reports(
                 download_bytes=traffic[c].download,
                 upload_bytes=traffic[c].upload,
                 rank=int(ranks[c]) if plan.ranks else None,
+                staleness=None if plan.federation.asynchronous is None else int(staleness[c]),
             )
         )
     return tuple(reports)

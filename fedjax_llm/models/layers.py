@@ -12,7 +12,8 @@ class Projection(nn.Module):
     """A frozen linear map ``x W (+ bias)``, plus ``(x a) b`` where the ``lora`` collection holds factors for it.
 
     The factors are f32 [D, R] and [R, F], or [M, D, R] and [M, R, F] where every row has its own (a ``Factors`` of
-    ``types.py`` with the scaling folded in). The low-rank path is computed in f32 whatever the base's type.
+    ``types.py`` with the scaling folded in). The low-rank path is computed in f32 whatever the base's type. With
+    magnitudes ``m`` [F] or [M, F] (DoRA), every output is scaled so that its weights ``W + a b`` have that norm.
     """
 
     features: int
@@ -24,15 +25,31 @@ class Projection(nn.Module):
         """[M, L, D] -> [M, L, F]. ``dropout_keys`` [M] are given in training only."""
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
         y = x @ kernel
-        if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,))
         if self.has_variable("lora", "a"):
             low = x.astype(jnp.float32)
             if self.dropout and dropout_keys is not None:
                 low = self._drop(low, dropout_keys)
             low = (low @ self.get_variable("lora", "a")) @ self.get_variable("lora", "b")
             y = y + low.astype(y.dtype)
+        if self.has_variable("lora", "m"):
+            y = (y * self._stretch(kernel)).astype(y.dtype)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,))
         return y
+
+    def _stretch(self, kernel: Array) -> Array:
+        """DoRA's factor of every output, [F] or [M, 1, F]: its magnitude over the norm of its weights ``W + a b``.
+
+        The norm is a constant in the backward pass (Liu et al. 2024, equation 11), and never formed from ``a b``, which
+        would take a matrix for every row.
+        """
+        a, b, magnitude = (self.get_variable("lora", name) for name in ("a", "b", "m"))
+        wide = kernel.astype(jnp.float32)
+        across = jnp.einsum("df,...dr->...rf", wide, a)  # W' a, with which <W, a b> is a sum over R
+        squared = jnp.sum(jnp.square(wide), axis=0) + 2 * jnp.sum(across * b, axis=-2)
+        squared += jnp.sum((jnp.swapaxes(a, -1, -2) @ a @ b) * b, axis=-2)
+        found = magnitude / jax.lax.stop_gradient(jnp.sqrt(squared))
+        return found if found.ndim == 1 else found[:, None]
 
     def _drop(self, x: Array, keys: Array) -> Array:
         """Inverted dropout whose mask depends on the row's key alone, not on the rows or the padding beside it."""

@@ -67,6 +67,12 @@ class DpFedAvg:
         """
         refusals.basics("DpFedAvg", regime, ("site",), ("federated",))
         refusals.sum_view("DpFedAvg", regime)
+        refusals.availability("DpFedAvg", regime, self.noise is not None)
+        if regime.over_selection != 1:
+            raise UserError(
+                f"federation.availability.over_selection is {regime.over_selection}, but DpFedAvg draws every site by "
+                "itself, and which of them are the fastest depends on the others. Set it to 1"
+            )
         if regime.weighting == "examples" and self.examples_cap is None:
             raise UserError(
                 "federation.weighting is 'examples': a weight multiplies a site's clipped update, so that the noise "

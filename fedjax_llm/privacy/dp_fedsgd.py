@@ -52,6 +52,7 @@ class DpFedSgd:
         """
         refusals.basics("DpFedSgd", regime, refusals.GRADIENT_UNITS, ("federated",))
         refusals.gradients("DpFedSgd", regime)
+        refusals.availability("DpFedSgd", regime, self.noise is not None)
         refusals.sum_view("DpFedSgd", regime)
         _check_one_step(regime)
         if regime.weighting != "uniform":

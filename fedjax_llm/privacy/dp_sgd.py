@@ -57,6 +57,7 @@ class DpSgd:
         """
         refusals.basics("DpSgd", regime, refusals.GRADIENT_UNITS, ("federated", "centralised", "local"))
         refusals.gradients("DpSgd", regime)
+        refusals.availability("DpSgd", regime, self.noise is not None)
 
     def make(self, regime: Regime, population: Population, budget: Budget) -> Mechanism:
         """The mechanism for these sites, each with noise of its own.

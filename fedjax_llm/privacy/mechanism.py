@@ -41,6 +41,9 @@ class Regime(NamedTuple):
       probes: whether clients tell loss and gradient without noise.
       ranks: whether clients train adapters of different ranks.
       compressed: whether what clients send is compressed with loss.
+      asynchronous: whether clients train at times of their own.
+      unreliable: whether clients that are selected may not answer.
+      over_selection: how many times the cohort is selected.
       own: whether each client trains adapters of its own besides the shared ones.
     """
 
@@ -64,6 +67,9 @@ class Regime(NamedTuple):
     ranks: bool = False
     own: bool = False
     compressed: bool = False
+    asynchronous: bool = False
+    unreliable: bool = False
+    over_selection: float = 1.0
 
 
 class Population(NamedTuple):

@@ -81,6 +81,11 @@ def _algorithm(name: str, regime: Regime) -> None:
             "the aggregation trains each client's own adapters besides the shared ones, a second release for each unit "
             f"that {name} does not account for. {out}"
         )
+    if regime.asynchronous:
+        raise UserError(
+            "federation.asynchronous lets clients take part as often as they are fast, which no calibration knows "
+            "before. Set it to None, or privacy.mechanism to None"
+        )
     if regime.ranks:
         raise UserError(
             f"lora.ranks gives clients adapters of different ranks, and {name}'s noise would fill the components that "
@@ -113,6 +118,19 @@ def basics(name: str, regime: Regime, units: Sequence[Unit], settings: Sequence[
             "a few distinct values, so that no guarantee would hold. Set the adapters' dtype to float32"
         )
     _algorithm(name, regime)
+
+
+def availability(name: str, regime: Regime, correlated: bool) -> None:
+    """Refuses clients that may not answer where the noise of one round makes up for that of others.
+
+    Raises:
+      UserError: with the reason and the way out.
+    """
+    if correlated and regime.unreliable:
+        raise UserError(
+            f"{name}'s noise is correlated over steps, which rests on every selected client taking part; "
+            "federation.availability lets some drop out. Set it to None, or leave the mechanism's noise independent"
+        )
 
 
 def gradients(name: str, regime: Regime) -> None:

@@ -171,14 +171,15 @@ def run(
         ``state`` and nothing else.
       live: factor -> 1 if it is trained, else 0; ``None``: all are.
     """
-    local = Local(state.adapters, (), (), None) if local is None else local
-    live = None if live is None else {name: np.float32(value) for name, value in live.items()}
+    if local is None:
+        local = Local(state.adapters, (), (), jnp.zeros(client_keys.shape[0], jnp.int32))
+    on = None if live is None else {name: jnp.float32(value) for name, value in live.items()}
     for batch in microbatches:
-        state = accumulate(trainer, params, state, rows_of(batch, trunk), client_keys, frozen, live)
+        state = accumulate(trainer, params, state, rows_of(batch, trunk), client_keys, frozen, on)
         if batch.finished.any():
             rates = learning_rates[np.arange(len(batch.finished)), batch.finished_step].astype(np.float32)
             steps = (batch.finished, batch.denominator, rates)
-            state = step(trainer, state, local, *steps, batch.finished_step, secrets, live)
+            state = step(trainer, state, local, *steps, batch.finished_step, secrets, on)
     return state
 
 

@@ -23,7 +23,7 @@ from fedjax_llm import config
 from fedjax_llm.errors import UserError
 from fedjax_llm.experiment import training_loop
 from fedjax_llm.experiment.finish import without_timing
-from fedjax_llm.federation import local_work, release, rounds
+from fedjax_llm.federation import cohorts, local_work, release, rounds
 from fedjax_llm.privacy import ledger
 from fedjax_llm.privacy.correlated import BandedToeplitz
 from fedjax_llm.privacy.guarantee import Privacy
@@ -61,7 +61,7 @@ def repeats():
 
 def watch(patch, folder, draws):
     """Notes every secret draw of a run with what its ledger on the disk holds then."""
-    for module in (rounds, local_work, release):
+    for module in (rounds, cohorts, local_work, release):
         original = module.secret_round_key
 
         def drawn(key, number, attempt, purpose, original=original):

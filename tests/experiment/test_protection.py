@@ -19,7 +19,7 @@ from fedjax_llm.errors import UserError
 from fedjax_llm.experiment import prepare as preparation
 from fedjax_llm.experiment.prepare import load_dataset, prepare, split_sites
 from fedjax_llm.experiment.protection import population_of, protection
-from fedjax_llm.federation.rounds import cohort_of
+from fedjax_llm.federation.cohorts import cohort_of
 from fedjax_llm.privacy import accounting, ledger
 from fedjax_llm.privacy.dp_sgd import DpSgd
 from fedjax_llm.privacy.guarantee import Privacy

@@ -1,6 +1,7 @@
 """Adapters that we write, in torch with peft; adapters that peft writes, here."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import tiny_adapters, tiny_folder
@@ -44,6 +45,8 @@ def logits(tiny, adapters: Adapters) -> np.ndarray:
         Lora(rank=3, alpha=7.5, targets=ALL),
         Lora(rank=8, alpha=16, targets=("q_proj", "v_proj"), layers=(-1,)),
         Lora(rank=1, alpha=0.3, targets=("mlp.*", "o_proj"), layers=(0,), dropout=0.5),
+        Lora(rank=3, alpha=7.5, targets=ALL, rslora=True),
+        Lora(rank=3, alpha=7.5, targets=ALL, dora=True),
     ],
 )
 def test_peft_loads_what_we_write(tiny, tmp_path, lora):
@@ -52,6 +55,10 @@ def test_peft_loads_what_we_write(tiny, tmp_path, lora):
     adapters = {
         p: factors for p, factors in tiny_adapters(model, rank=lora.rank, targets=lora.targets).items() if p in paths
     }
+    if lora.dora:
+        rng = np.random.default_rng(2)
+        for factors in adapters.values():
+            factors["m"] = jnp.asarray(rng.uniform(0.5, 2.0, factors["b"].shape[-1]), jnp.float32)
     write_adapter(tmp_path / "adapter", adapters, lora, str(folder))
     theirs = peft.PeftModel.from_pretrained(in_torch(folder), tmp_path / "adapter").eval()
     assert {name.count(".lora_A.") for name, _ in theirs.named_parameters()} == {0, 1}
@@ -66,6 +73,7 @@ def test_peft_loads_what_we_write(tiny, tmp_path, lora):
     [
         {"target_modules": "all-linear"},
         {"target_modules": ["q_proj", "v_proj"], "use_rslora": True},
+        {"target_modules": ["q_proj", "up_proj"], "use_dora": True},
         {"target_modules": ["q_proj", "mlp.down_proj"], "layers_to_transform": [1], "init_lora_weights": "gaussian"},
         {"target_modules": r"model\.layers\.0\..*\.[qk]_proj"},
     ],

@@ -28,7 +28,7 @@ from mutants import (
     wrong,
 )
 
-from fedjax_llm.federation import local_work, release, rounds, sampling
+from fedjax_llm.federation import cohorts, local_work, release, rounds, sampling
 from fedjax_llm.federation.plan import RoundPlan
 from fedjax_llm.privacy import noise
 from fedjax_llm.privacy.dp_fedavg import DpFedAvg
@@ -184,7 +184,7 @@ def only_steps_with_examples(*args):
 
 def only_rounds_with_clients(plan, params, state, attempt=0):
     number = int(state.round) + 1
-    if len(rounds.cohort_of(plan, number, attempt)):
+    if len(cohorts.cohort_of(plan, number, attempt)):
         return RIGHT["run"](plan, params, state, attempt)
     return replace(state, round=jnp.int32(number)), None
 
@@ -198,7 +198,7 @@ def test_batches_of_nobody_without_noise_are_found():
 
 def test_rounds_of_nobody_without_noise_are_found():
     plan = plan_of(DpFedAvg(CLIP, 1.5), SITES, unit="site", cohort=1)
-    skipped = next(number for number in range(1, 20) if not len(rounds.cohort_of(plan, number)))
+    skipped = next(number for number in range(1, 20) if not len(cohorts.cohort_of(plan, number)))
     assert found_in_noise(plan, skipped) == set()
     with wrong(rounds, "run_round", only_rounds_with_clients):
         assert "variance" in found_in_noise(plan, skipped)

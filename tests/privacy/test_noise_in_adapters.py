@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mutants import CLIP, MODEST, ODD, UP, UPLOADS, claimed_noise, noise_of, noise_problems, plan_of, sites_of
 
-from fedjax_llm.federation.rounds import cohort_of
+from fedjax_llm.federation.cohorts import cohort_of
 from fedjax_llm.privacy.correlated import BandedToeplitz, BufferedToeplitz
 from fedjax_llm.privacy.dp_fedavg import DpFedAvg
 from fedjax_llm.privacy.dp_fedsgd import DpFedSgd
