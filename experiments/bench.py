@@ -2,10 +2,12 @@
 
     python -m experiments.bench --json
     python -m experiments.bench --peers        (needs `make peers`)
+    python -m experiments.bench --suite aggregation
 
 One JSON object a case: seconds, real and padded tokens/s, GFLOP/s, share of this machine's measured f32 matmul peak,
 and peak memory. The private round (record-level DP-SGD at the sites) is set against the same round without privacy, and
-with ``--peers`` ours against each peer's: ``ratio`` is the median of ratios of runs that took turns.
+with ``--peers`` ours against each peer's: ``ratio`` is the median of ratios of runs that took turns. The suite
+``aggregation`` times every server algorithm for a cohort of 64, against the clients' work, and a round of a thousand.
 """
 
 import json
@@ -16,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from experiments.server_cost import COHORT, many_clients_case, server_cases
 from fedjax_llm import trees
 from fedjax_llm.data.packing import pack
 from fedjax_llm.errors import UserError, tell
@@ -83,6 +86,7 @@ class Bench:
       batch: B, examples a step.
       length: L, tokens an example.
       repeats: timed repeats after one warm-up.
+      suite: what is measured: training ``steps`` and rounds, or the ``aggregation``.
       peers: also time the peers, taking turns.
       only: of the peers, those that are named.
       turns: how often ours and each peer take turns.
@@ -96,6 +100,7 @@ class Bench:
     batch: int = 4
     length: int = 64
     repeats: int = 5
+    suite: Literal["steps", "aggregation"] = "steps"
     peers: bool = False
     only: tuple[str, ...] = tuple(peer.name for peer in PEERS)
     turns: int = 3
@@ -301,6 +306,11 @@ def cases(bench: Bench) -> Iterator[dict[str, Any]]:
     base = load(bench.model)
     shapes = {"clients": bench.clients, "steps": bench.steps, "batch": bench.batch, "length": bench.length}
     plan, state = dense_plan(base, ADAPTERS, **shapes)
+    if bench.suite == "aggregation":
+        seconds = statistics.median(timed(round_work(base, plan, state), bench.repeats))
+        yield from server_cases(base, ADAPTERS, seconds * COHORT / bench.clients)
+        yield many_clients_case(base, ADAPTERS)
+        return
     private_plan, private_state = dense_plan(base, ADAPTERS, **shapes, mechanism=MECHANISM)
     plain, private = round_work(base, plan, state), round_work(base, private_plan, private_state)
     yield step_case(bench, base, plan, state, peak)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from fedjax_llm.aggregation.fedavg import FedAvg
 from fedjax_llm.data.hpo import HpoFlashcards
@@ -28,6 +28,8 @@ from fedjax_llm.privacy.guarantee import Privacy
 from fedjax_llm.privacy.mechanism import Regime
 from fedjax_llm.training.client_update import LocalTraining
 from fedjax_llm.types import Aggregation, Setting, Sum
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,7 @@ def regime_of(experiment: Experiment) -> Regime:
         own=algorithm.own is not None,
         compressed=experiment.compression is not None,
         asynchronous=federation.asynchronous is not None,
+        finetunes=federation.finetune_rounds > 0 and experiment.setting == "federated",
         unreliable=federation.availability is not None,
         over_selection=1.0 if federation.availability is None else federation.availability.over_selection,
     )
@@ -225,23 +228,38 @@ def load(path: str | Path) -> Experiment:
       UserError: no such file, no ``get_config``, a field that does not exist (near names are listed), or a value that
         is impossible.
     """
+    return from_file(path, "get_config", Experiment)
+
+
+def from_file(path: str | Path, function: str, kind: type[T]) -> T:
+    """What a function of a Python file gives, checked.
+
+    Args:
+      path: of the file.
+      function: its name; it takes no arguments.
+      kind: the dataclass that it must give.
+
+    Raises:
+      UserError: as for :func:`load`.
+    """
     file = Path(path)
     if not file.is_file():
         near = nearest(file.name, [other.name for other in file.parent.glob("*.py")]) if file.parent.is_dir() else ""
         raise UserError(f"there is no configuration file {file}{near}")
     try:
         namespace = runpy.run_path(str(file))
-        if not callable(namespace.get("get_config")):
-            raise UserError(f"{file} has no function get_config() -> Experiment")
-        experiment = namespace["get_config"]()
+        if not callable(namespace.get(function)):
+            raise UserError(f"{file} has no function {function}() -> {kind.__name__}")
+        found = namespace[function]()
     except TypeError as error:
         raise UserError(f"{file}: {error}{_near_fields(error)}") from error
     except (ImportError, AttributeError, NameError, SyntaxError) as error:
         raise UserError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
-    if not isinstance(experiment, Experiment):
-        raise UserError(f"{file}: get_config() gave a {type(experiment).__name__}, not an Experiment")
-    check(experiment)
-    return experiment
+    if not isinstance(found, kind):
+        article = "an" if kind.__name__[0] in "AEIOU" else "a"
+        raise UserError(f"{file}: {function}() gave a {type(found).__name__}, not {article} {kind.__name__}")
+    check(found)
+    return found
 
 
 def _near_fields(error: TypeError) -> str:
@@ -311,6 +329,14 @@ def _check_type(value: Any, kind: Any, place: str) -> None:
             raise UserError(f"{place} is {value!r}, a {type(value).__name__}; it must be of type {kind.__name__}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{place} is {value}; it must be a finite number")
+
+
+def in_words(value: Any) -> str:
+    """A part of a configuration as it is written, with what differs from its defaults: ``FedAdam(server_lr=0.1)``."""
+    given = [field for field in dataclasses.fields(value) if getattr(value, field.name) != field.default]
+    inside = [(field.name, getattr(value, field.name)) for field in given]
+    texts = [f"{name}={in_words(one) if dataclasses.is_dataclass(one) else repr(one)}" for name, one in inside]
+    return type(value).__name__ + (f"({', '.join(texts)})" if texts else "")
 
 
 def to_json(value: Any) -> Any:

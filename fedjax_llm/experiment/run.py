@@ -11,13 +11,18 @@ from typing import Any
 from rich.console import Console
 
 from fedjax_llm import lora as low_rank
-from fedjax_llm.config import MAY_CHANGE, Experiment, to_json
+from fedjax_llm.config import MAY_CHANGE, Experiment, in_words, to_json
 from fedjax_llm.errors import UserError
 from fedjax_llm.experiment.compilation import CompileClock, use_compilation_cache
 from fedjax_llm.experiment.finish import finish, length_counts, site_counts, validation_of
+from fedjax_llm.experiment.finetuning import finetune
 from fedjax_llm.experiment.forecast import promised
-from fedjax_llm.experiment.prepare import Prepared, prepare
+from fedjax_llm.experiment.prepare import Load, Prepared, prepare
 from fedjax_llm.experiment.training_loop import Loop, run_rounds
+from fedjax_llm.federation.communication import travelling, tree_bytes
+from fedjax_llm.federation.plan import RoundPlan
+from fedjax_llm.federation.release import template
+from fedjax_llm.models.loading import load
 from fedjax_llm.runs import directory, environment
 from fedjax_llm.runs.checkpoints import finished_steps
 from fedjax_llm.runs.progress import (
@@ -30,7 +35,7 @@ from fedjax_llm.runs.progress import (
 )
 
 
-def run(experiment: Experiment, folder: Path, *, resume: bool, console: Console) -> int:
+def run(experiment: Experiment, folder: Path, *, resume: bool, console: Console, load_model: Load = load) -> int:
     """Runs an experiment in a folder.
 
     Args:
@@ -38,6 +43,7 @@ def run(experiment: Experiment, folder: Path, *, resume: bool, console: Console)
       folder: of the run; new, or with ``resume`` that of the run to go on with.
       resume: go on from the newest intact checkpoint.
       console: where to show progress.
+      load_model: gives the base model; a process with several runs can give the same one to all.
 
     Returns:
       0, or 130 if Ctrl-C ended it.
@@ -53,13 +59,14 @@ def run(experiment: Experiment, folder: Path, *, resume: bool, console: Console)
     with directory.locked(folder), shown as progress:
         record_environment(folder, resume)
         try:
-            prepared = _prepared(experiment, progress, folder, resume)
+            prepared = _prepared(experiment, progress, folder, resume, load_model)
             show_plan(prepared, progress, console)
             ended = None
             if prepared.plan is not None:
                 validate = validation_of(prepared, prepared.plan)
                 loop = Loop(folder, resume, clock, validate, prepared.fingerprint)
                 ended = run_rounds(prepared, prepared.plan, loop, progress)
+                prepared, ended = finetune(prepared, ended, progress)
             summary = finish(prepared, ended, folder, progress)
         except KeyboardInterrupt:
             done = finished_steps(folder / "checkpoints")
@@ -70,10 +77,12 @@ def run(experiment: Experiment, folder: Path, *, resume: bool, console: Console)
     return 0
 
 
-def _prepared(experiment: Experiment, progress: RunProgress, folder: Path, resume: bool) -> Prepared:
+def _prepared(
+    experiment: Experiment, progress: RunProgress, folder: Path, resume: bool, load_model: Load
+) -> Prepared:
     """What :func:`prepare` gives; where it finds a fault, a new run's folder goes, so that the name stays free."""
     try:
-        return prepare(experiment, progress)
+        return prepare(experiment, progress, load_model)
     except UserError:
         if not resume:
             shutil.rmtree(folder, ignore_errors=True)
@@ -125,7 +134,7 @@ def show_plan(prepared: Prepared, progress: RunProgress, console: Console) -> No
             ("microbatches", ", ".join(f"{shape.rows} x {shape.length} tokens" for shape in plan.shapes)),
         ]
         if experiment.setting == "federated":
-            rows.append(("one update on the wire", byte_size(low_rank.nbytes(prepared.adapters))))
+            rows += federation_rows(prepared, plan)
     console.print(settings_table(rows))
     console.print(sites_table(site_counts(prepared)))
     if prepared.plan is not None and prepared.plan.mechanism is not None and prepared.population is not None:
@@ -136,6 +145,24 @@ def show_plan(prepared: Prepared, progress: RunProgress, console: Console) -> No
         for name, count in length_counts(lengths).items():
             if count:
                 progress.say(f"{count:,} {part} examples are longer than {experiment.data.max_length} tokens: {name}.")
+
+
+def federation_rows(prepared: Prepared, plan: RoundPlan) -> list[tuple[str, Any]]:
+    """How updates are aggregated, what becomes of them on the way, and their size."""
+    experiment = prepared.experiment
+    _, shared = low_rank.partition(prepared.adapters, plan.aggregation.personal)
+    message = shared if plan.aggregation.client.report is None else template(plan, prepared.adapters)
+    live = None if plan.aggregation.live is None else plan.aggregation.live(1)
+    leaves = travelling(message, live)
+    size = tree_bytes(leaves) if plan.codec is None else plan.codec.nbytes([leaf for _, leaf in leaves])
+    rows: list[tuple[str, Any]] = [("aggregation", in_words(experiment.aggregation))]
+    if experiment.compression is not None:
+        rows.append(("compression", in_words(experiment.compression)))
+    if experiment.attack is not None:
+        rows.append(("malicious", f"{sum(plan.malicious)} of {len(plan.clients)} sites: {in_words(experiment.attack)}"))
+    if plan.ranks:
+        rows.append(("ranks", ", ".join(map(str, plan.ranks[:12])) + (", ..." if len(plan.ranks) > 12 else "")))
+    return [*rows, ("one update on the wire", byte_size(size))]
 
 
 def _resume_command() -> str:

@@ -32,6 +32,7 @@ def dense_plan(
     batch: int,
     length: int,
     mechanism: MechanismConfig | None = None,
+    chunk: int | None = None,
 ) -> tuple[RoundPlan, RoundState]:
     """A federated run in which every client has the examples of one step, and every token is trained on.
 
@@ -46,6 +47,7 @@ def dense_plan(
       batch: B, examples a step.
       length: L, tokens an example.
       mechanism: of privacy, with a noise multiplier of its own; the unit is the record.
+      chunk: clients at a time; ``None``: all.
 
     Returns:
       The plan (one microbatch a step, nothing padded), and the state before the first round.
@@ -58,10 +60,11 @@ def dense_plan(
         training=LocalTraining(batch, steps, optimizer=Optimizer("adamw", 1e-3), keep_optimizer="no"),
         federation=Federation(rounds=_ROUNDS),
         privacy=Privacy(mechanism=mechanism),
-        execution=Execution(clients_per_chunk=clients),
+        execution=Execution(clients_per_chunk=chunk or clients),
     )
     population = Population(names, (batch,) * clients, (_ROUNDS,) * clients, (1,) * clients)
     made = guarantee.build(experiment.privacy, regime_of(experiment), population)
+    rows = (chunk or clients) * batch
     plan = RoundPlan(
         setting="federated",
         trainer=trainer_of(base.model, lora.scaling, experiment.training, 0.0, made),
@@ -69,7 +72,7 @@ def dense_plan(
         federation=experiment.federation,
         local=experiment.training,
         execution=experiment.execution,
-        shapes=(Shape(clients * batch, length, clients * batch * (length - 1)),),
+        shapes=(Shape(rows, length, rows * (length - 1)),),
         clients=clients_of("federated", sites, None if made is None else made.unit),
         cohort=clients,
         key=jax.random.key(0),

@@ -29,6 +29,8 @@ class Federation:
       availability: who of a cohort answers, and when; ``None``: all do, at once.
       asynchronous: clients train all the time, and the server steps when a cohort's updates are there; ``None``: it
         waits for the clients of each round.
+      finetune_rounds: after the rounds, every site trains on alone from the shared adapters for as many; they are then
+        its own.
     """
 
     rounds: int = 10
@@ -36,6 +38,7 @@ class Federation:
     weighting: Literal["examples", "uniform"] = "examples"
     availability: Availability | None = None
     asynchronous: Asynchronous | None = None
+    finetune_rounds: int = 0
 
     def __post_init__(self) -> None:
         """Refuses impossible values."""
@@ -43,6 +46,8 @@ class Federation:
             raise UserError(f"federation.rounds is {self.rounds}; it must be at least 1")
         if self.cohort is not None and self.cohort < 1:
             raise UserError(f"federation.cohort is {self.cohort}; it must be at least 1, or None for all sites")
+        if self.finetune_rounds < 0:
+            raise UserError(f"federation.finetune_rounds is {self.finetune_rounds}; it must be at least 0")
         if self.asynchronous is None:
             return
         if self.cohort is None or self.asynchronous.concurrency < self.cohort:

@@ -114,14 +114,7 @@ def run_round(plan: RoundPlan, params: Params, state: RoundState, attempt: int =
     kind = algorithm.view if plan.corrupt is None else Stack  # attackers see all; the algorithm still sees its view
     answers = answers_of(plan, number, attempt)
     cohort, slots = answers.cohort, min(plan.execution.clients_per_chunk, most_of(plan))
-    moment = _Moment(
-        number=number,
-        attempt=attempt,
-        params=effective.params(plan, params, state.server_state),
-        received=() if algorithm.broadcast is None else algorithm.broadcast(state.server_state),
-        live=None if algorithm.live is None else algorithm.live(number),
-        staleness=dict(zip(cohort.tolist(), answers.staleness.tolist(), strict=True)),
-    )
+    moment = _moment(plan, params, state, answers, number, attempt)
     view, adapters, client_state = release.nothing(plan, state.adapters), state.adapters, dict(state.client_state)
     reports: list[ClientReport] = []
     padded_tokens, below_clip, ideal = 0, jnp.float32(0), effective.nothing(plan, state.adapters)
@@ -166,6 +159,19 @@ def _started(started: PyTree, answers: Answers, before: PyTree, after: PyTree) -
         if len(places):
             started = trees.put(started, jnp.asarray(places), trees.repeat(adapters, len(places)))
     return started
+
+
+def _moment(plan: RoundPlan, params: Params, state: RoundState, answers: Answers, number: int, attempt: int) -> _Moment:
+    """What all chunks of a round share."""
+    algorithm, ages = plan.aggregation, zip(answers.cohort.tolist(), answers.staleness.tolist(), strict=True)
+    return _Moment(
+        number=number,
+        attempt=attempt,
+        params=effective.params(plan, params, state.server_state),
+        received=() if algorithm.broadcast is None else algorithm.broadcast(state.server_state),
+        live=None if algorithm.live is None else algorithm.live(number),
+        staleness=dict(ages),
+    )
 
 
 def _check_included(number: int, reports: Sequence[ClientReport]) -> None:

@@ -44,6 +44,7 @@ class Regime(NamedTuple):
       asynchronous: whether clients train at times of their own.
       unreliable: whether clients that are selected may not answer.
       over_selection: how many times the cohort is selected.
+      finetunes: whether sites train on alone after the rounds.
       own: whether each client trains adapters of its own besides the shared ones.
     """
 
@@ -70,6 +71,7 @@ class Regime(NamedTuple):
     asynchronous: bool = False
     unreliable: bool = False
     over_selection: float = 1.0
+    finetunes: bool = False
 
 
 class Population(NamedTuple):

@@ -81,6 +81,11 @@ def _algorithm(name: str, regime: Regime) -> None:
             "the aggregation trains each client's own adapters besides the shared ones, a second release for each unit "
             f"that {name} does not account for. {out}"
         )
+    if regime.finetunes:
+        raise UserError(
+            f"federation.finetune_rounds trains on at the sites without {name}'s noise, and the results are shown. "
+            "Set it to 0, or privacy.mechanism to None"
+        )
     if regime.asynchronous:
         raise UserError(
             "federation.asynchronous lets clients take part as often as they are fast, which no calibration knows "

@@ -212,6 +212,27 @@ def _styled() -> Any:
     return matplotlib.rc_context(_STYLE)
 
 
+def aggregation_error(points: Sequence[tuple[int, float]]) -> str:
+    """What averaging the factors loses, by round, on a log scale.
+
+    Args:
+      points: (round, relative Frobenius distance); zeros are drawn at the least that f32 can tell.
+    """
+    with _styled():
+        figure, axes = _figure(3.6)
+        least = 1e-8
+        thin = _columns([(number, max(error, least)) for number, error in points])
+        axes.plot(*thin, color=_TUNED, linewidth=2.2, marker="o" if len(points) == 1 else "")
+        axes.axhline(1e-6, color=_MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
+        axes.annotate("rounding of float32", (1, 1e-6), (0, 4), textcoords="offset points", size=10, color=_MUTED)
+        axes.set_yscale("log")
+        axes.set_ylim(least / 2, max(10.0 * max(thin[1]), 1e-4))
+        axes.set_xlabel("round")
+        axes.set_ylabel("aggregation error")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        return _svg(figure, "Relative distance of the server's weights from the clients' mean, by round, log scale")
+
+
 def _figure(height: float) -> tuple[Figure, Axes]:
     """An empty figure with one pair of axes."""
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")

@@ -167,6 +167,14 @@ def _figures(
     if traffic and traffic[0] > 0 and summary.get("full_model_bytes"):
         caption = "Bytes up and down so far: adapters as sent, against whole models for the same cohorts (log scale)."
         figures.append((plots.communication(traffic, _full_model_traffic(lines, summary)), caption))
+    errors = [(line["round"], error) for line in lines if (error := line.get("aggregation_error")) is not None]
+    if errors:
+        caption = (
+            "Aggregation error: how far the server's effective weights are from the weighted mean of the clients' "
+            "products, relative to that mean (Frobenius norm over all adapted matrices). Averaging two factors apart "
+            "is not averaging their product; exact algorithms stay at rounding."
+        )
+        figures.append((plots.aggregation_error(errors), caption + uncovered))
     return [{"drawing": Markup(drawing), "caption": caption} for drawing, caption in figures]
 
 
