@@ -1,4 +1,10 @@
-"""FedAvg (McMahan et al. 2017, arXiv 1602.05629): the server takes the weighted mean of the clients."""
+"""FedAvg (McMahan et al. 2017, arXiv 1602.05629): the server takes the weighted mean of the clients.
+
+Over both factors of the adapters it is FedIT (Zhang et al. 2023, arXiv 2305.05644): the mean of the factors is not the
+mean of their products. With ``lora.train="b"`` it is FFA-LoRA (Sun et al. 2024, arXiv 2403.12313), and with
+``lora.train="core"`` it is Fed-SB (Singhal et al. 2025, arXiv 2502.15436); both are exact. Where clients train adapters
+of different ranks, a component counts as not moved by those that do not train it.
+"""
 
 from dataclasses import dataclass
 
@@ -21,4 +27,4 @@ class FedAvg:
     def make(self) -> Aggregation:
         """The algorithm as pure functions of a ``Sum``."""
         check_positive(server_lr=self.server_lr)
-        return from_optax(optax.sgd(self.server_lr))
+        return from_optax(optax.sgd(self.server_lr))._replace(ranks=True)

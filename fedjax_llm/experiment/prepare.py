@@ -1,5 +1,6 @@
 """From an experiment to everything that its rounds need: model, adapters, tokens, plan."""
 
+import functools
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 
 from fedjax_llm import lora as low_rank
-from fedjax_llm import peft
+from fedjax_llm import peft, trees
 from fedjax_llm.aggregation.fedavg import FedAvg
 from fedjax_llm.config import MAY_CHANGE, Experiment, to_json
 from fedjax_llm.data.chat import LengthReport, encode_records
@@ -21,18 +22,22 @@ from fedjax_llm.data.splits import SplitSite, split_site
 from fedjax_llm.errors import UserError
 from fedjax_llm.evaluation.evaluate import HeldOut, hold_out
 from fedjax_llm.experiment.protection import protection, seed_keys
+from fedjax_llm.federation import release
 from fedjax_llm.federation.clients import clients_of, local_training_of
 from fedjax_llm.federation.plan import RoundPlan
 from fedjax_llm.lora import Lora
 from fedjax_llm.models.causal_lm import CausalLM, lowest_adapted
-from fedjax_llm.models.loading import BaseModel, load
+from fedjax_llm.models.loading import BaseModel, BaseType, load
 from fedjax_llm.privacy import noise
 from fedjax_llm.privacy.ledger import config_hash
 from fedjax_llm.privacy.mechanism import Mechanism, Population
 from fedjax_llm.runs.progress import RunProgress
 from fedjax_llm.training.client_update import LocalTraining, Trainer
 from fedjax_llm.training.trunk import TrunkCache
-from fedjax_llm.types import Adapters
+from fedjax_llm.types import Adapters, Aggregation, Stack
+
+Load = Callable[[str, BaseType], BaseModel]
+"""Name and dtype -> the base model."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +75,13 @@ class Prepared:
     fingerprint: str = ""
 
 
-def prepare(experiment: Experiment, progress: RunProgress) -> Prepared:
+def prepare(experiment: Experiment, progress: RunProgress, load_model: Load = load) -> Prepared:
     """Loads the text and the model, and lays out the rounds.
+
+    Args:
+      experiment: the configuration.
+      progress: shows the phases.
+      load_model: gives the base model; a process with several runs can give the same one to all.
 
     Raises:
       UserError: whatever cannot work is found here, before any training.
@@ -86,7 +96,7 @@ def prepare(experiment: Experiment, progress: RunProgress) -> Prepared:
     sites = split_sites(experiment, dataset)
     protected = _protection(experiment, sites, progress)
     with progress.phase(f"Loading the model {experiment.model.name}"):
-        base = load(experiment.model.name, experiment.model.dtype)
+        base = load_model(experiment.model.name, experiment.model.dtype)
         base = replace(base, model=replace(base.model, remat=experiment.execution.remat))
     if experiment.data.max_length > base.model.config.context:
         raise UserError(
@@ -115,6 +125,8 @@ def prepare(experiment: Experiment, progress: RunProgress) -> Prepared:
         plan = _plan(experiment, base, lora, frozen, train, run_key, mechanism)
         if mechanism is not None:
             plan = plan._replace(secret_key=_secret_key(experiment, fingerprint))
+        _check_personal(experiment, plan, adapters)
+        _check_cohort(plan, adapters)
         if experiment.start_from is None:
             plan = plan._replace(offset=low_rank.remainder(whole, lora))
         plan = plan._replace(trunk=_trunk(experiment, base, adapters, train, held_out))
@@ -155,7 +167,7 @@ def _plan(
     local = local_training_of(experiment.setting, experiment.training, cohort)
     # Without a federation there is plain training: no algorithm comes on top of the client's own optimiser.
     federated = experiment.setting == "federated"
-    aggregation = (experiment.aggregation if federated else FedAvg()).make()
+    aggregation = algorithm_of(experiment.aggregation if federated else FedAvg())
     return RoundPlan(
         setting=experiment.setting,
         trainer=trainer_of(
@@ -188,6 +200,41 @@ def _plan(
         malicious=malicious_sites(experiment, len(clients)),
         corrupt=experiment.attack.make().corrupt if experiment.attack is not None and federated else None,
     )
+
+
+def algorithm_of(aggregator: Any) -> Aggregation:
+    """What an aggregator makes. Equal ones get the same functions, so that what is compiled for one serves the next."""
+    try:
+        hash(aggregator)
+    except TypeError:  # one of its fields is a dictionary
+        return aggregator.make()
+    return _made(aggregator)
+
+
+@functools.lru_cache(maxsize=64)
+def _made(aggregator: Any) -> Aggregation:
+    """The algorithm, made once."""
+    return aggregator.make()
+
+
+def _check_personal(experiment: Experiment, plan: RoundPlan, adapters: Adapters) -> None:
+    """Refuses an algorithm with personal factors of which there are none here, or none but these."""
+    own, shared = low_rank.partition(adapters, plan.aggregation.personal)
+    if plan.aggregation.personal is not None and not (own and shared):
+        kept = "all trained factors of the adapters" if own else "no trained factor of the adapters"
+        raise UserError(
+            f"{type(experiment.aggregation).__name__} would leave {kept} at the sites: change its fields, lora.layers "
+            f"or lora.train, or choose {'the setting local' if own else 'FedAvg'}"
+        )
+
+
+def _check_cohort(plan: RoundPlan, adapters: Adapters) -> None:
+    """Traces the server's update on a whole cohort, where rules that need more clients refuse it."""
+    if plan.setting != "federated" or plan.aggregation.view is not Stack:
+        return
+    _, shared = low_rank.partition(adapters, plan.aggregation.personal)
+    stack = Stack(trees.repeat(release.template(plan, adapters), plan.cohort), np.ones(plan.cohort, np.float32))
+    jax.eval_shape(plan.aggregation.update, stack, plan.aggregation.init(shared), shared)
 
 
 def malicious_sites(experiment: Experiment, sites: int) -> tuple[bool, ...]:

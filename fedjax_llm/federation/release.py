@@ -163,13 +163,7 @@ def compressed(
         return messages, memory
     keys = jax.vmap(jax.random.fold_in, (None, 0))(round_key(plan.key, number, "compression"), ids)
     names = [getattr(path[-1], "key", "") if path else "" for path, _ in jax.tree.leaves_with_path(messages)]
-    sent = tuple(live is None or bool(live.get(name, 1.0)) for name in names)
-    return _compressed(plan.codec.code, sent, keys, messages, memory)
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _compressed(code, sent: tuple[bool, ...], keys: Array, messages: PyTree, memory: PyTree) -> tuple[PyTree, PyTree]:
-    """The codec sees the leaves that travel, as a list."""
+    sent = [live is None or bool(live.get(name, 1.0)) for name in names]
 
     def those(tree: PyTree) -> list[Array]:
         return [leaf for leaf, on in zip(jax.tree.leaves(tree), sent, strict=True) if on]
@@ -179,20 +173,25 @@ def _compressed(code, sent: tuple[bool, ...], keys: Array, messages: PyTree, mem
         return structure.unflatten([next(rest) if on else leaf for leaf, on in zip(leaves, sent, strict=True)])
 
     remembers = bool(jax.tree.leaves(memory))
-    decoded, lost = jax.vmap(code)(keys, those(messages), those(memory) if remembers else memory)
+    # Not compiled as a whole: a codec compiles what is worth it (compression/vector.py).
+    decoded, lost = jax.vmap(plan.codec.code)(keys, those(messages), those(memory) if remembers else memory)
     return updated(messages, decoded), updated(memory, lost) if remembers else memory
 
 
-def corrupted(plan: RoundPlan, view: View | None, cohort: np.ndarray, number: int) -> View | None:
-    """The view that the algorithm asks for, after the malicious clients of the cohort had their way."""
-    if plan.corrupt is None or view is None:
+def seen(plan: RoundPlan, view: View | None, cohort: np.ndarray, number: int) -> View | None:
+    """The view that the algorithm asks for, after the malicious clients of the cohort had their way.
+
+    Clients that were selected in vain are in a stack with weight zero, so that its shape is the same in every round.
+    """
+    if not isinstance(view, Stack):
         return view
-    assert isinstance(view, Stack)
-    malicious = jnp.asarray(np.asarray(plan.malicious)[cohort])
-    view = _corrupted(plan.corrupt, view, malicious, round_key(plan.key, number, "attack"))
-    if plan.aggregation.view is Stack:
-        return view
-    return Sum(trees.weighted_sum(view.weights, view.messages), jnp.sum(view.weights))
+    if plan.corrupt is not None:
+        malicious = jnp.asarray(np.asarray(plan.malicious)[cohort])
+        view = _corrupted(plan.corrupt, view, malicious, round_key(plan.key, number, "attack"))
+    if plan.aggregation.view is Sum:
+        return Sum(trees.weighted_sum(view.weights, view.messages), jnp.sum(view.weights))
+    absent = max(0, plan.cohort - len(view.weights))
+    return jax.tree.map(lambda leaf: jnp.pad(leaf, [(0, absent)] + [(0, 0)] * (leaf.ndim - 1)), view)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -135,7 +135,7 @@ def run_round(plan: RoundPlan, params: Params, state: RoundState, attempt: int =
         padded_tokens += chunk.padded_tokens
     if plan.mechanism is None and len(cohort):
         _check_included(number, reports)
-    view = release.corrupted(plan, view, cohort, number)
+    view = release.seen(plan, view, cohort, number)
     served = _served(plan, moment, state, view, below_clip)
     after = RoundState(jnp.int32(number), adapters, state.server_state, client_state, state.privacy_state)
     after = replace(after, **served)

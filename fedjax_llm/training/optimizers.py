@@ -1,5 +1,6 @@
 """Any optax optimiser by its name, and learning rates that change over local steps and over rounds."""
 
+import functools
 import inspect
 import math
 from collections.abc import Mapping
@@ -29,7 +30,7 @@ class Optimizer:
     options: Mapping[str, float] = field(default_factory=dict)
 
     def make(self) -> optax.GradientTransformation:
-        """The transformation.
+        """The transformation. Equal optimisers give the same one, so that what is compiled for it serves them all.
 
         Raises:
           UserError: optax has no such optimiser, or it does not take an option (near names are listed).
@@ -37,14 +38,19 @@ class Optimizer:
         known = optimizer_names()
         if self.name not in known:
             raise UserError(f"optimizer.name is {self.name!r}, which optax does not have{nearest(self.name, known)}")
-        make = getattr(optax, self.name)
-        takes = [name for name in inspect.signature(make).parameters if name != "learning_rate"]
+        takes = [name for name in inspect.signature(getattr(optax, self.name)).parameters if name != "learning_rate"]
         for option in self.options:
             if option not in takes:
                 raise UserError(f"optax.{self.name} takes no option {option!r}{nearest(option, takes)}")
         if not self.learning_rate > 0 or not math.isfinite(self.learning_rate):
             raise UserError(f"optimizer.learning_rate is {self.learning_rate}; it must be positive and finite")
-        return make(learning_rate=self.learning_rate, **self.options)
+        return _made(self.name, self.learning_rate, tuple(sorted(self.options.items())))
+
+
+@functools.lru_cache(maxsize=64)
+def _made(name: str, learning_rate: float, options: tuple[tuple[str, float], ...]) -> optax.GradientTransformation:
+    """The transformation, made once."""
+    return getattr(optax, name)(learning_rate=learning_rate, **dict(options))
 
 
 def optimizer_names() -> list[str]:

@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 from killing import at_call
+from rich.console import Console
 from small_run import changed, go, outcome, write_small
 
 from fedjax_llm import config, peft
@@ -20,11 +21,15 @@ from fedjax_llm.aggregation.fedex import FedExLora
 from fedjax_llm.aggregation.fedsa import FedSaLora
 from fedjax_llm.aggregation.flexlora import FlexLora
 from fedjax_llm.aggregation.flora import FLora
+from fedjax_llm.aggregation.krum import Krum
 from fedjax_llm.aggregation.qfedavg import QFedAvg
 from fedjax_llm.aggregation.scaffold import Scaffold
 from fedjax_llm.compression.quantise import Quantise
 from fedjax_llm.compression.top_k import TopK
 from fedjax_llm.errors import UserError
+from fedjax_llm.evaluation.evaluate import validate
+from fedjax_llm.experiment import training_loop
+from fedjax_llm.experiment.prepare import malicious_sites, prepare
 from fedjax_llm.federation.availability import Asynchronous, Availability
 from fedjax_llm.federation.plan import Federation
 from fedjax_llm.lora import Lora
@@ -34,6 +39,7 @@ from fedjax_llm.privacy.guarantee import Privacy
 from fedjax_llm.privacy.local_dp import LocalDp
 from fedjax_llm.runs import metrics
 from fedjax_llm.runs.checkpoints import finished_steps
+from fedjax_llm.runs.progress import RunProgress
 from fedjax_llm.training.optimizers import Optimizer
 
 PLAIN = Lora(rank=2, alpha=4.0)
@@ -87,8 +93,6 @@ def test_a_run_that_is_cut_off_ends_with_the_same_bits(experiment, runs, tmp_pat
     """In the midst of the second round: all that clients and server keep is in the checkpoint of the first."""
     folder, variant = tmp_path / "run", changed(experiment, **VARIANTS[name])
     with pytest.MonkeyPatch.context() as patch:
-        from fedjax_llm.experiment import training_loop
-
         at_call(patch.setattr, training_loop, "run_round", partial(signal.raise_signal, signal.SIGINT), call=2)
         assert go(variant, folder)[0] == 130
     assert finished_steps(folder / "checkpoints") == [1]
@@ -109,11 +113,6 @@ def test_sites_with_adapters_of_their_own_have_files_of_their_own(runs, name):
 @pytest.mark.parametrize("name", ["moved into the weights", "pissa", "dora", "unequal ranks"])
 def test_the_exported_adapter_on_the_untouched_base_is_the_tuned_model(experiment, runs, name):
     """The validation loss of the last round, which was measured with what the algorithm had moved, comes out again."""
-    from rich.console import Console
-
-    from fedjax_llm.evaluation.evaluate import validate
-    from fedjax_llm.experiment.prepare import prepare
-    from fedjax_llm.runs.progress import RunProgress
 
     folder = runs(name)
     prepared = prepare(changed(experiment, **VARIANTS[name]), RunProgress(3, Console(quiet=True)))
@@ -158,7 +157,6 @@ def test_what_is_compressed_travels_smaller_and_is_shown(experiment, tmp_path):
 
 
 def test_malicious_sites_are_a_share_drawn_by_the_seed(experiment, tmp_path):
-    from fedjax_llm.experiment.prepare import malicious_sites
 
     attacked = together(experiment, attack=SignFlip(), malicious=0.4, aggregation=CoordinateMedian())
     assert sum(malicious_sites(attacked, 10)) == 4
@@ -169,10 +167,6 @@ def test_malicious_sites_are_a_share_drawn_by_the_seed(experiment, tmp_path):
 
 
 def test_poisoned_text_is_at_malicious_sites_alone(experiment):
-    from rich.console import Console
-
-    from fedjax_llm.experiment.prepare import malicious_sites, prepare
-    from fedjax_llm.runs.progress import RunProgress
 
     attacked = together(experiment, attack=LabelFlip(), malicious=0.4)
     clean, dirty = (prepare(one, RunProgress(3, Console(quiet=True))) for one in (experiment, attacked))
@@ -181,6 +175,12 @@ def test_poisoned_text_is_at_malicious_sites_alone(experiment):
         equal = [np.array_equal(a.tokens, b.tokens) for a, b in zip(before, after, strict=True)]
         assert all(equal) != bad[number], name
     assert clean.fingerprint != dirty.fingerprint
+
+
+def test_too_small_a_cohort_is_refused_before_any_training(experiment):
+
+    with pytest.raises(UserError, match=r"byzantine is 1, which takes a cohort of at least 5 clients, but it has 2"):
+        prepare(changed(experiment, aggregation=Krum(byzantine=1)), RunProgress(3, Console(quiet=True)))
 
 
 PRIVATE = Privacy(DpSgd(clip_norm=1.0, noise_multiplier=1.0), delta=1e-3)

@@ -15,11 +15,12 @@ from toy_rounds import KEY, play, toy_model, toy_plan, toy_trainer
 
 from fedjax_llm.aggregation.fedavg import FedAvg
 from fedjax_llm.errors import UserError
-from fedjax_llm.federation import cohorts, rounds
+from fedjax_llm.federation import cohorts, release, rounds
 from fedjax_llm.federation.availability import Answers, Asynchronous, Availability, among, answers, buffered, latency
 from fedjax_llm.federation.plan import Federation
 from fedjax_llm.federation.sampling import round_key, sample_cohort
 from fedjax_llm.training.client_update import LocalTraining
+from fedjax_llm.types import Aggregation, Stack
 
 IDS = tuple(range(100, 140))
 STEPS = LocalTraining(batch_size=3, local_steps=1)
@@ -198,6 +199,24 @@ def test_lost_clients_change_nothing_and_their_bytes_are_counted():
     assert min(seen.values()) > 0
     alone, _ = play(plan._replace(federation=replace(federation, availability=None)), rounds=3)
     assert not same(state.adapters, alone.adapters)
+
+
+def test_a_stack_has_room_for_silent_clients():
+    """So that a rule that takes a cohort's size from the stack is compiled once, and knows whom it lacks."""
+    shapes = []
+
+    def update(view, state, adapters):
+        shapes.append((view.weights.shape[0], int(np.sum(np.asarray(view.weights) > 0))))
+        return adapters, state
+
+    federation = Federation(cohort=5, availability=Availability(dropout=0.4))
+    aggregation = Aggregation(init=lambda adapters: (), update=update, view=Stack)
+    plan = toy_plan(toy_trainer(), STEPS, cohort=5, federation=federation, aggregation=aggregation)
+    with jax.disable_jit():
+        view = release.seen(plan, Stack({"w": jnp.ones((3, 2))}, jnp.ones(3)), np.arange(3), 1)
+        aggregation.update(view, (), ())
+    assert shapes == [(5, 3)]
+    assert not np.any(view.messages["w"][3:])
 
 
 def test_a_round_that_nobody_answers_changes_nothing():
