@@ -16,7 +16,8 @@ class Codec(NamedTuple):
     """A compression as pure functions.
 
     Attributes:
-      init: ``init(message) -> memory``: what a client keeps between rounds (error feedback); ``()`` for nothing.
+      init: ``init(message) -> memory``: what a client keeps between rounds (error feedback): a tree like the message,
+        leaf by leaf, so that the memory of factors which do not travel in a round can rest; ``()`` for nothing.
       code: ``code(key, message, memory) -> (message, memory)``: the message as the server decodes it.
       nbytes: ``nbytes(message) -> bytes``: what the encoded message takes on the wire, exactly; a function of the
         shapes (arrays, or ``jax.ShapeDtypeStruct``).

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fedjax_llm import lora as low_rank
@@ -233,7 +234,7 @@ def _check_cohort(plan: RoundPlan, adapters: Adapters) -> None:
     if plan.setting != "federated" or plan.aggregation.view is not Stack:
         return
     _, shared = low_rank.partition(adapters, plan.aggregation.personal)
-    stack = Stack(trees.repeat(release.template(plan, adapters), plan.cohort), np.ones(plan.cohort, np.float32))
+    stack = Stack(trees.repeat(release.template(plan, adapters), plan.cohort), jnp.ones(plan.cohort))
     jax.eval_shape(plan.aggregation.update, stack, plan.aggregation.init(shared), shared)
 
 

@@ -14,8 +14,8 @@ from fedjax_llm import lora as low_rank
 from fedjax_llm.config import MAY_CHANGE, Experiment, in_words, to_json
 from fedjax_llm.errors import UserError
 from fedjax_llm.experiment.compilation import CompileClock, use_compilation_cache
-from fedjax_llm.experiment.finish import finish, length_counts, site_counts, validation_of
 from fedjax_llm.experiment.finetuning import finetune
+from fedjax_llm.experiment.finish import finish, length_counts, site_counts, validation_of
 from fedjax_llm.experiment.forecast import promised
 from fedjax_llm.experiment.prepare import Load, Prepared, prepare
 from fedjax_llm.experiment.training_loop import Loop, run_rounds
@@ -77,9 +77,7 @@ def run(experiment: Experiment, folder: Path, *, resume: bool, console: Console,
     return 0
 
 
-def _prepared(
-    experiment: Experiment, progress: RunProgress, folder: Path, resume: bool, load_model: Load
-) -> Prepared:
+def _prepared(experiment: Experiment, progress: RunProgress, folder: Path, resume: bool, load_model: Load) -> Prepared:
     """What :func:`prepare` gives; where it finds a fault, a new run's folder goes, so that the name stays free."""
     try:
         return prepare(experiment, progress, load_model)

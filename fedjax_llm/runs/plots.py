@@ -228,6 +228,7 @@ def aggregation_error(points: Sequence[tuple[int, float]]) -> str:
         axes.set_yscale("log")
         axes.set_ylim(least / 2, max(10.0 * max(thin[1]), 1e-4))
         axes.set_xlabel("round")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}"))
         axes.set_ylabel("aggregation error")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         return _svg(figure, "Relative distance of the server's weights from the clients' mean, by round, log scale")
