@@ -26,11 +26,7 @@ class Lora:
 
     Attributes:
       rank: R, the width of the bottleneck.
-      alpha: the update is scaled by alpha / rank, or
-      rslora: by alpha / sqrt(rank), which keeps its size whatever the rank (Kalajdzievski 2023, arXiv 2312.03732).
-      dora: train the norm of every output's weights apart from their direction (DoRA, Liu et al. 2024, arXiv
-        2402.09353): a magnitude ``m`` [out] beside the factors. Clients' magnitudes are averaged like factors, which is
-        not the mean of their weights.
+      alpha: the update is scaled by alpha / rank.
       targets: names of modules (``q_proj``), their paths in a layer (``self_attn.q_proj``), or shell patterns over
         either (``mlp.*``, ``*_proj``).
       layers: numbers of the layers that get adapters; negative ones count from the end; empty: all.
@@ -47,12 +43,15 @@ class Lora:
         changed by ``a c b``, R^2 numbers a module travel, and the mean is exact too. There ``a`` and ``b`` are random
         with orthonormal columns and rows, whatever ``init`` says, and ``c`` starts at zero; the paper takes all three
         from the singular value decomposition of the first step's gradient of the full weights.
+      rslora: scale by alpha / sqrt(rank), which keeps the update's size whatever the rank (Kalajdzievski 2023, arXiv
+        2312.03732).
+      dora: train the norm of every output's weights apart from their direction (DoRA, Liu et al. 2024, arXiv
+        2402.09353): a magnitude ``m`` [out] beside the factors. Clients' magnitudes are averaged like factors, which is
+        not the mean of their weights.
     """
 
     rank: int = 8
     alpha: float = 16.0
-    rslora: bool = False
-    dora: bool = False
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     layers: tuple[int, ...] = ()
     dropout: float = 0.0
@@ -60,6 +59,8 @@ class Lora:
     dtype: Literal["float32", "bfloat16"] = "float32"
     train: Literal["both", "b", "core"] = "both"
     ranks: tuple[int, ...] = ()
+    rslora: bool = False
+    dora: bool = False
 
     def __post_init__(self) -> None:
         """Refuses impossible values."""

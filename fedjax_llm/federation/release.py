@@ -190,7 +190,7 @@ def seen(plan: RoundPlan, view: View | None, cohort: np.ndarray, number: int) ->
         view = _corrupted(plan.corrupt, view, malicious, round_key(plan.key, number, "attack"))
     if plan.aggregation.view is Sum:
         return Sum(trees.weighted_sum(view.weights, view.messages), jnp.sum(view.weights))
-    absent = max(0, plan.cohort - len(view.weights))
+    absent = max(0, min(plan.cohort, len(plan.clients)) - len(view.weights))
     return jax.tree.map(lambda leaf: jnp.pad(leaf, [(0, absent)] + [(0, 0)] * (leaf.ndim - 1)), view)
 
 

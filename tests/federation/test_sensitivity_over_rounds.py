@@ -193,8 +193,9 @@ def test_a_count_that_is_not_centred_is_found():
     """Then a site that is not clipped moves it by one, and both releases by more than is charged."""
     right = release._updates
 
-    def uncentred(private, clip, ended, anchor, weights, bound):
-        found = right(private, clip, ended, anchor, weights, bound)
+    def uncentred(*arguments):
+        *_, weights, _ = arguments
+        found = right(*arguments)
         return found._replace(below_clip=found.below_clip + jnp.sum(weights > 0) / 2)
 
     plan = adaptive_plan((UP, UP), None, 0.18)
