@@ -12,33 +12,20 @@ All eight take part in each round: in a smaller cohort the two could be more tha
 the work of ``configs/all_layers.py``.
 """
 
+from dataclasses import replace
+
+from configs.all_layers import get_config as all_layers
 from fedjax_llm.adversaries.sign_flip import SignFlip
 from fedjax_llm.aggregation.trimmed_mean import TrimmedMean
-from fedjax_llm.config import Data, Experiment
-from fedjax_llm.data.hpo import HpoFlashcards
-from fedjax_llm.evaluation.evaluate import Evaluation
-from fedjax_llm.federation.plan import Execution, Federation
-from fedjax_llm.lora import Lora
-from fedjax_llm.training.client_update import LocalTraining
-from fedjax_llm.training.optimizers import Optimizer, Schedule
-
-CLINICS = ("blood", "cardiovascular", "digestive", "ear", "endocrine", "eye", "immune", "respiratory")
+from fedjax_llm.config import Experiment
 
 
 def get_config() -> Experiment:
-    return Experiment(
-        lora=Lora(rank=8, alpha=16, targets=("q_proj", "v_proj")),
-        data=Data(source=HpoFlashcards(sites=CLINICS), max_length=112, system="You are a medical dictionary."),
-        training=LocalTraining(
-            batch_size=4,
-            local_steps=2,
-            optimizer=Optimizer("adamw", learning_rate=2e-3),
-            round_schedule=Schedule("cosine", end=0.1),
-        ),
-        federation=Federation(rounds=10),
+    plain = all_layers()
+    return replace(
+        plain,
+        federation=replace(plain.federation, cohort=None),
         aggregation=TrimmedMean(trim=0.25),
         attack=SignFlip(scale=5.0),
         malicious=0.25,
-        evaluation=Evaluation(test_records=14, choice_questions=8, generations=4, max_new_tokens=48),
-        execution=Execution(tokens_per_microbatch=384, buckets=3, evaluation_buckets=2),
     )

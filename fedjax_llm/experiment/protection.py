@@ -9,6 +9,7 @@ import numpy as np
 from fedjax_llm.config import Experiment, regime_of
 from fedjax_llm.data.records import unit_name
 from fedjax_llm.data.splits import SplitSite
+from fedjax_llm.federation.availability import selected_size
 from fedjax_llm.federation.sampling import attendance
 from fedjax_llm.privacy import guarantee
 from fedjax_llm.privacy.mechanism import Mechanism, Population
@@ -38,7 +39,10 @@ def population_of(experiment: Experiment, sites: Sequence[SplitSite]) -> Populat
         together = {(site, name) if name[0] == "record" else name for site, own in units.items() for name in own}
         return Population(("all",), (len(together),), (experiment.federation.rounds,), (1,))
     rounds, cohort = experiment.federation.rounds, experiment.federation.cohort
-    fixed = None if experiment.privacy.draws_cohorts else cohort
+    fixed = None if experiment.privacy.draws_cohorts or cohort is None else cohort
+    if fixed is not None and experiment.federation.availability is not None and experiment.setting == "federated":
+        # Whoever is selected may send something, and is charged for it, whether or not the server uses it.
+        fixed = selected_size(fixed, len(units), experiment.federation.availability)
     present = attendance(seed_keys(experiment)[1], rounds, len(units), fixed)
     return Population(
         sites=tuple(units),

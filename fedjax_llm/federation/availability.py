@@ -110,9 +110,14 @@ def answers(key: Array, number: int, ids: Sequence[int], cohort: int, availabili
       cohort: how many the server wants.
       availability: of the clients.
     """
-    size = min(len(ids), math.ceil(availability.over_selection * cohort - 1e-9))
+    size = selected_size(cohort, len(ids), availability)
     selected = sample_cohort(round_key(key, number, "cohort"), len(ids), size)
     return among(key, number, ids, selected, cohort, availability)
+
+
+def selected_size(cohort: int, sites: int, availability: Availability) -> int:
+    """How many of the sites a round selects for a cohort."""
+    return min(sites, math.ceil(availability.over_selection * cohort - 1e-9))
 
 
 def among(

@@ -19,7 +19,8 @@ from fedjax_llm.errors import UserError
 from fedjax_llm.experiment import prepare as preparation
 from fedjax_llm.experiment.prepare import load_dataset, prepare, split_sites
 from fedjax_llm.experiment.protection import population_of, protection
-from fedjax_llm.federation.cohorts import cohort_of
+from fedjax_llm.federation.availability import Availability
+from fedjax_llm.federation.cohorts import answers_of, cohort_of
 from fedjax_llm.privacy import accounting, ledger
 from fedjax_llm.privacy.dp_sgd import DpSgd
 from fedjax_llm.privacy.guarantee import Privacy
@@ -129,6 +130,21 @@ def test_participations_are_those_of_the_cohorts(experiment, cohort):
     assert found.participations == tuple(len(numbers) for numbers in present)
     gaps = [[later - former for former, later in itertools.pairwise(n)] for n in present]
     assert found.min_separation == tuple(min(gap, default=11) for gap in gaps)
+
+
+def test_whoever_is_selected_counts_whether_or_not_the_server_waits(experiment):
+    """Noise is calibrated for every round in which a site may have sent something, and such rounds are charged."""
+    hasty = Availability(dropout=0.2, jitter=1.0, over_selection=1.5)
+    longer = private(experiment, federation__rounds=11, federation__cohort=2, federation__availability=hasty, seed=3)
+    _, found = population(longer)
+    prepared = prepare(longer, RunProgress(1, Console(file=io.StringIO())))
+    assert found.participations == (11, 11, 11)  # ceil(1.5 * 2) of 3
+    late = 0
+    for number in range(1, 12):
+        answers = answers_of(prepared.plan, number)
+        late += len(answers.late)
+        assert set(cohort_of(prepared.plan, number)) == set(answers.cohort) | set(answers.late)
+    assert late > 3
 
 
 def test_a_mechanism_that_draws_cohorts_charges_every_site_for_every_round(experiment):
