@@ -308,7 +308,7 @@ def cases(bench: Bench) -> Iterator[dict[str, Any]]:
     plan, state = dense_plan(base, ADAPTERS, **shapes)
     if bench.suite == "aggregation":
         seconds = statistics.median(timed(round_work(base, plan, state), bench.repeats))
-        yield from server_cases(base, ADAPTERS, seconds * COHORT / bench.clients)
+        yield from server_cases(plan, state.adapters, seconds * COHORT / bench.clients)
         yield many_clients_case(base, ADAPTERS)
         return
     private_plan, private_state = dense_plan(base, ADAPTERS, **shapes, mechanism=MECHANISM)

@@ -16,11 +16,13 @@ from fedjax_llm import lora as low_rank
 from fedjax_llm import trees
 from fedjax_llm.aggregation.catalogue import algorithms
 from fedjax_llm.experiment.synthetic import dense_plan
+from fedjax_llm.federation.plan import RoundPlan
+from fedjax_llm.federation.release import template
 from fedjax_llm.federation.rounds import run_round
 from fedjax_llm.lora import Lora
 from fedjax_llm.models.loading import BaseModel
 from fedjax_llm.runs.environment import peak_rss_bytes
-from fedjax_llm.types import Aggregation, Local, PyTree, Stack, Sum, Trained, View
+from fedjax_llm.types import PyTree, Stack, Sum, View
 
 COHORT = 64
 MANY = 1000
@@ -28,40 +30,32 @@ SVD = ("FlexLora", "LoraFair", "FedExLora", "HetLora")
 """Algorithms that take products or stacks of factors apart, and may take longer."""
 
 
-def moved_view(algorithm: Aggregation, adapters: PyTree, cohort: int, seed: int = 0) -> View:
-    """What the server sees of a cohort whose factors have moved at random."""
-    _, shared = low_rank.partition(adapters, algorithm.personal)
+def random_view(plan: RoundPlan, adapters: PyTree, cohort: int, seed: int = 0) -> View:
+    """What the server of a plan sees of a cohort, with numbers drawn at random."""
     rng = np.random.default_rng(seed)
-    deltas = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.01, (cohort, *leaf.shape)), jnp.float32), shared)
-    messages = deltas
-    if algorithm.client.report is not None:
-        received = () if algorithm.broadcast is None else algorithm.broadcast(algorithm.init(shared))
-        memory = () if algorithm.client.init is None else algorithm.client.init(shared)
-        rank = jnp.int32(low_rank.rank_of(adapters))
-        local = trees.repeat(Local(shared, memory, received, rank), cohort)
-        end = jax.tree.map(jnp.add, shared, deltas)
-        ones = jnp.ones(cohort)
-        trained = Trained(deltas, end, ones, ones, *((ones, deltas) if algorithm.client.probe else ()))
-        messages, _ = jax.jit(jax.vmap(algorithm.client.report))(trained, local)
+    message = template(plan, adapters)
+    stacked = jax.tree.map(
+        lambda leaf: jnp.asarray(np.abs(rng.normal(0, 0.01, (cohort, *leaf.shape))), jnp.float32), message
+    )
     weights = jnp.ones(cohort)
-    if algorithm.view is Stack:
-        return Stack(messages, weights)
-    return Sum(trees.weighted_sum(weights, messages), weights.sum())
+    if plan.aggregation.view is Stack:
+        return Stack(stacked, weights)
+    return Sum(trees.weighted_sum(weights, stacked), weights.sum())
 
 
-def server_cases(base: BaseModel, lora: Lora, client_seconds: float) -> Iterator[dict[str, Any]]:
+def server_cases(plan: RoundPlan, adapters: PyTree, client_seconds: float) -> Iterator[dict[str, Any]]:
     """One case an algorithm: seconds of its update for a cohort, and their share of the clients' work.
 
     Args:
-      base: the real model.
-      lora: the adapters.
+      plan: any, over the real model.
+      adapters: that are trained.
       client_seconds: what local training of a cohort takes.
     """
-    adapters = low_rank.init(jax.random.key(0), lora, base.model, base.params)
     for kind in algorithms():
         algorithm = kind().make()
         _, shared = low_rank.partition(adapters, algorithm.personal)
-        view, state, update = moved_view(algorithm, adapters, COHORT), algorithm.init(shared), jax.jit(algorithm.update)
+        view = random_view(plan._replace(aggregation=algorithm), adapters, COHORT)
+        state, update = algorithm.init(shared), jax.jit(algorithm.update)
         jax.block_until_ready(update(view, state, shared))
         seconds = []
         for _ in range(3):

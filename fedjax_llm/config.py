@@ -166,6 +166,8 @@ class Experiment:
                     f"{type(self.aggregation).__name__} does more with its clients than average deltas. Choose an "
                     "aggregation of deltas (such as FedAvg, FedAvgM or FedAdam), or set it to None"
                 )
+        if self.setting == "federated":
+            self._check_messages()
         if self.lora.ranks and self.compression is not None:
             raise UserError("lora.ranks and compression do not go together; set one of them to () or None")
         if self.lora.ranks and self.setting == "federated" and not self.aggregation.make().ranks:
@@ -183,12 +185,28 @@ class Experiment:
         if self.privacy.mechanism is not None and self.setting != "base":
             self.privacy.check(regime_of(self))
 
+    def _check_messages(self) -> None:
+        """Refuses what is made for deltas where clients send whole factors, and fine-tuning that loses adapters."""
+        algorithm, name = self.aggregation.make(), type(self.aggregation).__name__
+        corrupts = self.attack is not None and self.attack.make().corrupt is not None
+        if algorithm.whole and algorithm.client.report is not None and (corrupts or self.compression is not None):
+            raise UserError(
+                f"the clients of {name} send whole factors, not deltas: attacks on messages and compression are made "
+                "for deltas (minus both factors is the same product). Choose an aggregation of deltas, or leave "
+                "them out"
+            )
+        if self.federation.finetune_rounds and (algorithm.own is not None or self.lora.ranks):
+            what = "lora.ranks" if self.lora.ranks else f"{name}, whose clients have adapters of their own already"
+            raise UserError(f"federation.finetune_rounds does not go together with {what}; set it to 0")
+
 
 def regime_of(experiment: Experiment) -> Regime:
     """What a privacy mechanism must know of an experiment."""
     local, federation = experiment.training, experiment.federation
     flat = experiment.setting == "centralised"  # plain training: no cohort
-    algorithm = (experiment.aggregation if experiment.setting == "federated" else FedAvg()).make()
+    federated = experiment.setting == "federated"
+    algorithm = (experiment.aggregation if federated else FedAvg()).make()
+    attack = experiment.attack.make() if federated and experiment.attack is not None else None
     return Regime(
         setting=experiment.setting,
         unit=experiment.privacy.unit,
@@ -207,12 +225,15 @@ def regime_of(experiment: Experiment) -> Regime:
         server_view="Sum" if algorithm.view is Sum else "Stack",
         messages="deltas" if algorithm.client.report is None else "other",
         probes=algorithm.client.probe,
-        ranks=bool(experiment.lora.ranks),
+        ranks=federated and bool(experiment.lora.ranks),
         own=algorithm.own is not None,
-        compressed=experiment.compression is not None,
-        asynchronous=federation.asynchronous is not None,
-        finetunes=federation.finetune_rounds > 0 and experiment.setting == "federated",
-        unreliable=federation.availability is not None,
+        personal=algorithm.personal is not None,
+        compressed=federated and experiment.compression is not None,
+        attacked=attack is not None and attack.corrupt is not None,
+        poisoned=attack is not None and attack.poison is not None,
+        asynchronous=federated and federation.asynchronous is not None,
+        finetunes=federated and federation.finetune_rounds > 0,
+        unreliable=federated and federation.availability is not None,
         over_selection=1.0 if federation.availability is None else federation.availability.over_selection,
     )
 

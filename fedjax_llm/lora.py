@@ -73,6 +73,11 @@ class Lora:
                 f"lora.ranks is {self.ranks}, but lora.train is {self.train!r}: frozen factors are everybody's, "
                 "of full rank; set lora.ranks to (), or lora.train to 'both'"
             )
+        if self.init == "pissa" and self.ranks:
+            raise UserError(
+                "lora.init='pissa' takes all lora.rank components out of the weights, so that clients of lower "
+                "lora.ranks would lack a part of the model; set lora.ranks to (), or lora.init to 'kaiming'"
+            )
         if self.init == "pissa" and self.train == "core":
             raise UserError("lora.init='pissa' and lora.train='core' both say where the factors begin; choose one")
         if self.alpha <= 0:
@@ -137,7 +142,8 @@ def init(key: Array, lora: Lora, model: CausalLM, params: Params | None = None) 
     for path, (fan_in, fan_out) in target_modules(lora, model).items():
         adapters[path] = {}
         if lora.dora:
-            adapters[path]["m"] = column_norms(kernel_of(params, path)).astype(lora.dtype)
+            # In f32 whatever the type of the factors: rounding would change the model from the start.
+            adapters[path]["m"] = column_norms(kernel_of(params, path))
         if lora.init == "pissa":
             adapters[path] |= _principal(kernel_of(params, path), lora)
             continue
@@ -182,6 +188,9 @@ def _cored(factors: Factors) -> Factors:
 def _principal(kernel: Array, lora: Lora) -> Factors:
     """Factors whose scaled product is the best approximation of rank R of a kernel (PiSSA, equations 2 and 3)."""
     left, values, right = np.linalg.svd(np.asarray(kernel, np.float64), full_matrices=False)
+    # Signs are arbitrary, and another machine's library may take others: the largest entry of a column is positive.
+    sign = np.sign(np.take_along_axis(left, np.abs(left).argmax(axis=0)[None], axis=0))[0]
+    left, right = left * sign, sign[:, None] * right
     root = np.sqrt(values[: lora.rank] / lora.scaling)
     a, b = left[:, : lora.rank] * root, root[:, None] * right[: lora.rank]
     return {"a": jnp.asarray(a, lora.dtype), "b": jnp.asarray(b, lora.dtype)}
@@ -199,7 +208,7 @@ def silent(adapters: Adapters, params: Params) -> Adapters:
     zeros = jax.tree.map(jnp.zeros_like, whole(adapters))
     for path, factors in zeros.items():
         if "m" in factors:
-            factors["m"] = column_norms(kernel_of(params, path)).astype(factors["m"].dtype)
+            factors["m"] = column_norms(kernel_of(params, path))
     return zeros
 
 

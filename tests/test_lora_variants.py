@@ -128,6 +128,28 @@ def test_silent_adapters_are_the_base_model():
         close(hidden(still), model.hidden(params, {}, TOKENS))
 
 
+def test_magnitudes_keep_their_precision():
+    """Rounded to bfloat16 they would change the model before any training."""
+    model, params = tiny_model()
+    lora = Lora(rank=2, targets=ALL, dora=True, dtype="bfloat16")
+    adapters = low_rank.init(jax.random.key(0), lora, model, params)
+    close(hidden(adapters), model.hidden(params, {}, TOKENS))
+    close(hidden(low_rank.silent(adapters, params)), model.hidden(params, {}, TOKENS))
+
+
+def test_pissa_needs_all_its_components():
+    with pytest.raises(UserError, match=r"clients of lower lora.ranks would lack a part of the model"):
+        Lora(init="pissa", ranks=(2, 8))
+
+
+def test_pissas_signs_are_those_of_the_largest_entries():
+    model, params = tiny_model()
+    adapters = low_rank.init(jax.random.key(0), Lora(rank=4, targets=ALL, init="pissa"), model, params)
+    for factors in adapters.values():
+        a = np.asarray(factors["a"])
+        assert (np.take_along_axis(a, np.abs(a).argmax(axis=0)[None], axis=0) > 0).all()
+
+
 def test_dora_and_pissa_do_not_go_together():
     with pytest.raises(UserError, match=r"lora.dora and lora.init='pissa'"):
         Lora(dora=True, init="pissa")

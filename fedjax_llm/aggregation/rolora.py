@@ -1,7 +1,7 @@
 """RoLoRA (Chen et al. 2024, arXiv 2409.02346; Chen et al. 2025, arXiv 2502.01755, Algorithm 1): one factor a round.
 
 Odd rounds train ``b`` and leave ``a`` alone, even rounds the other way round. Where one factor is everybody's, the mean
-of the other is the mean of the products, and half as much travels. ``b`` comes first, since it starts at zero, where
+of the other is the mean of the products, and half as much is sent up. ``b`` comes first, since it starts at zero, where
 ``a`` has no gradient.
 """
 

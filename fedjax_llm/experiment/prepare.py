@@ -2,8 +2,10 @@
 
 import functools
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +236,8 @@ def _check_cohort(plan: RoundPlan, adapters: Adapters) -> None:
     if plan.setting != "federated" or plan.aggregation.view is not Stack:
         return
     _, shared = low_rank.partition(adapters, plan.aggregation.personal)
-    stack = Stack(trees.repeat(release.template(plan, adapters), plan.cohort), jnp.ones(plan.cohort))
+    message = release.template(plan, adapters)
+    stack = jax.eval_shape(lambda one: Stack(trees.repeat(one, plan.cohort), jnp.ones(plan.cohort)), message)
     jax.eval_shape(plan.aggregation.update, stack, plan.aggregation.init(shared), shared)
 
 
@@ -243,7 +246,10 @@ def malicious_sites(experiment: Experiment, sites: int) -> tuple[bool, ...]:
     if experiment.attack is None or experiment.setting != "federated":
         return (False,) * sites
     rng = np.random.default_rng([experiment.seed, 2])
-    chosen = set(rng.permutation(sites)[: int(experiment.malicious * sites)].tolist())
+    count = math.floor(Fraction(str(experiment.malicious)) * sites)
+    if not count:
+        raise UserError(f"malicious is {experiment.malicious}, which of {sites} sites is none; raise it")
+    chosen = set(rng.permutation(sites)[:count].tolist())
     return tuple(site in chosen for site in range(sites))
 
 
@@ -319,7 +325,9 @@ def _adapters(experiment: Experiment, base: BaseModel, key: jax.Array) -> tuple[
     lora, adapters = peft.read_adapter_for(Path(experiment.start_from), base.model)
     if experiment.lora.train == "core":
         adapters = low_rank.cored(adapters)
-    return replace(lora, dropout=experiment.lora.dropout, train=experiment.lora.train), adapters
+    lora = replace(lora, dropout=experiment.lora.dropout, train=experiment.lora.train, ranks=experiment.lora.ranks)
+    replace(experiment, lora=lora)  # what does not go together is refused for what the adapter really is
+    return lora, adapters
 
 
 def load_dataset(experiment: Experiment) -> Dataset:

@@ -60,16 +60,37 @@ def traffic_of(
     return Traffic(download, tree_bytes(leaves, share))
 
 
-def in_vain(plan: RoundPlan, adapters: PyTree, received: PyTree, answers: Answers) -> dict[str, Any]:
-    """Who was selected in vain in a round, the bytes that took, and how long the round was: fields of a report."""
-    federation = plan.federation
-    if plan.setting != "federated" or (federation.availability is None and federation.asynchronous is None):
-        return {}
-    # The server's traffic with a client that sends a delta of full rank: nothing else is known of who was not heard.
-    usual = traffic_of(plan, adapters, received, jax.tree.map(lambda leaf: leaf[None], adapters), None, 0)
-    silent, late = (tuple(plan.clients[i].name for i in places) for places in (answers.silent, answers.late))
-    wasted = Traffic(usual.download * (len(silent) + len(late)), usual.upload * len(late))
-    return {"silent": silent, "late": late, "wasted": wasted, "elapsed": answers.elapsed}
+def in_vain(
+    plan: RoundPlan,
+    adapters: PyTree,
+    received: PyTree,
+    message: PyTree,
+    live: Mapping[str, float] | None,
+    ranks: Sequence[int],
+    answers: Answers,
+) -> dict[str, Any]:
+    """Who was selected in vain in a round, the bytes that took, and how long the round was: fields of a report.
+
+    Args:
+      plan: of the rounds.
+      adapters: the server's, as far as they travel.
+      received: what the server sends beside them.
+      message: like that of one client.
+      live: which factors are trained in the round.
+      ranks: of all clients, [N]; empty: all are full.
+      answers: who was selected in vain.
+    """
+    messages = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), message)
+
+    def traffic(client: int) -> Traffic:
+        return traffic_of(plan, adapters, received, messages, live, ranks[client] if ranks else 0)
+
+    silent, late = answers.silent.tolist(), answers.late.tolist()
+    download = sum(traffic(client).download for client in silent + late)
+    wasted = Traffic(download, sum(traffic(client).upload for client in late))
+    names = {"silent": silent, "late": late}
+    found = {kind: tuple(plan.clients[client].name for client in places) for kind, places in names.items()}
+    return found | {"wasted": wasted, "elapsed": answers.elapsed}
 
 
 def seconds(nbytes: float, bandwidth_mbps: float) -> float:

@@ -98,16 +98,20 @@ def error(plan: RoundPlan, ideal: Ideal | None, before: RoundState, after: Round
         return None
     given = low_rank.products(low_rank.join(after.adapters, plan.frozen))
     states = (before.server_state, after.server_state)
-    apart, size = _norms(plan.aggregation.residual, *states, ideal, given)
+    offset = {path: part / plan.trainer.scaling for path, part in plan.offset.items()}
+    apart, size = _norms(plan.aggregation.residual, *states, ideal, given, offset)
     return math.sqrt(float(apart) / float(size)) if float(size) > 0 else float(apart > 0)
 
 
 @partial(jax.jit, static_argnums=0)
-def _norms(residual, before: PyTree, after: PyTree, ideal: Ideal, given: dict[str, Array]) -> tuple[Array, Array]:
+def _norms(
+    residual, before: PyTree, after: PyTree, ideal: Ideal, given: dict[str, Array], offset: dict[str, Array]
+) -> tuple[Array, Array]:
+    """The squares of the distance, and of what the mean has over the base model, without the scaling."""
     apart, size = jnp.float32(0), jnp.float32(0)
     old, new = ({} if residual is None else residual(state) for state in (before, after))
     for path, product in given.items():
         wanted = ideal.total[path] / ideal.weight + old.get(path, 0.0)
         apart += jnp.sum(jnp.square(wanted - product - new.get(path, 0.0)))
-        size += jnp.sum(jnp.square(wanted))
+        size += jnp.sum(jnp.square(wanted + offset.get(path, 0.0)))
     return apart, size

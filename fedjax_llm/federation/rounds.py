@@ -7,7 +7,7 @@ gradients are clipped and steps are noised in local training, messages and sums 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -149,8 +149,19 @@ def run_round(plan: RoundPlan, params: Params, state: RoundState, attempt: int =
         update_norm=_distance(after.adapters, state.adapters),
         clip_norm=clip_norm,
         aggregation_error=effective.error(plan, ideal, state, after),
-        **in_vain(plan, state.adapters, moment.received, answers),
+        **_in_vain(plan, state, moment, answers),
     )
+
+
+def _in_vain(plan: RoundPlan, state: RoundState, moment: _Moment, answers: Answers) -> dict[str, Any]:
+    """What a report says of clients that were selected in vain; nothing where all answer at once."""
+    federation = plan.federation
+    if plan.setting != "federated" or (federation.availability is None and federation.asynchronous is None):
+        return {}
+    own = jax.tree.map(lambda leaf: leaf[0], state.client_state.get("personal", {}))
+    message = release.template(plan, low_rank.join(state.adapters, own))
+    ranks = np.asarray(state.client_state.get("rank", ())).tolist()
+    return in_vain(plan, state.adapters, moment.received, message, moment.live, ranks, answers)
 
 
 def _started(started: PyTree, answers: Answers, before: PyTree, after: PyTree) -> PyTree:

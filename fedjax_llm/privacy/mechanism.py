@@ -45,6 +45,9 @@ class Regime(NamedTuple):
       unreliable: whether clients that are selected may not answer.
       over_selection: how many times the cohort is selected.
       finetunes: whether sites train on alone after the rounds.
+      personal: whether some factors stay at the clients.
+      attacked: whether malicious clients make messages of what they see of others'.
+      poisoned: whether malicious sites move text between their records.
       own: whether each client trains adapters of its own besides the shared ones.
     """
 
@@ -72,6 +75,9 @@ class Regime(NamedTuple):
     unreliable: bool = False
     over_selection: float = 1.0
     finetunes: bool = False
+    personal: bool = False
+    attacked: bool = False
+    poisoned: bool = False
 
 
 class Population(NamedTuple):

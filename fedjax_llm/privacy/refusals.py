@@ -150,6 +150,11 @@ def gradients(name: str, regime: Regime) -> None:
             f"not Poisson samples, and accounting them as such states an epsilon that does not hold. {name} samples by "
             "itself: set training.local_epochs to None and training.local_steps to the number of steps"
         )
+    if regime.poisoned:
+        raise UserError(
+            "the attack puts answers of one record into others, so that a record's presence changes more than its own "
+            f"gradient, which {name} does not account for. Choose another attack, or set privacy.mechanism to None"
+        )
     if regime.normalise == "token":
         raise UserError(
             "training.normalise is 'token': the number of target tokens of the whole batch would divide every unit's "
@@ -169,6 +174,12 @@ def deltas(name: str, regime: Regime) -> None:
             "Choose an aggregation of deltas (such as FedAvg or FedAdam), or a mechanism that adds noise in the "
             "sites' own steps (DpSgd)"
         )
+    if regime.personal:
+        raise UserError(
+            f"the aggregation leaves factors at the clients, trained without {name}'s noise: what is sent later "
+            "depends on them, and they are exported. Choose an aggregation of all factors, or DpSgd, whose noise "
+            "is in them"
+        )
 
 
 def sum_view(name: str, regime: Regime) -> None:
@@ -184,6 +195,11 @@ def sum_view(name: str, regime: Regime) -> None:
             "or a mechanism that adds noise at the sites (DpSgd, LocalDp)"
         )
     deltas(name, regime)
+    if regime.attacked:
+        raise UserError(
+            f"the attack lets malicious clients use the messages of others before {name}'s noise, so that one site "
+            "would move the sum by more than its clip norm. Set attack to None, or choose DpSgd or LocalDp"
+        )
     if regime.compressed:
         raise UserError(
             f"compression changes what clients send after {name} has clipped it: rounding moves norms above the clip "

@@ -299,6 +299,8 @@ def step(
         return optax.apply_updates(adapters, updates), optimizer
 
     gradients, mixed = _noised(trainer, state, number, secrets)
+    if live is not None:  # an optimiser that lasts must not gather noise for factors that rest
+        gradients = low_rank.masked(gradients, live)
     adapters, optimizer = jax.vmap(one)(state.adapters, state.optimizer, gradients, local, denominator, rates)
     zeros = jax.tree.map(jnp.zeros_like, state.gradients)
     return LocalState(

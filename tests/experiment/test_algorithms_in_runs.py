@@ -34,6 +34,7 @@ from fedjax_llm.federation.availability import Asynchronous, Availability
 from fedjax_llm.federation.plan import Federation
 from fedjax_llm.lora import Lora
 from fedjax_llm.privacy.dp_fedavg import DpFedAvg
+from fedjax_llm.privacy.dp_fedsgd import DpFedSgd
 from fedjax_llm.privacy.dp_sgd import DpSgd
 from fedjax_llm.privacy.guarantee import Privacy
 from fedjax_llm.privacy.local_dp import LocalDp
@@ -162,6 +163,9 @@ def test_malicious_sites_are_a_share_drawn_by_the_seed(experiment, tmp_path):
     assert sum(malicious_sites(attacked, 10)) == 4
     assert malicious_sites(attacked, 10) != malicious_sites(changed(attacked, seed=1), 10)
     assert malicious_sites(changed(attacked, setting="centralised"), 1) == (False,)
+    assert sum(malicious_sites(changed(attacked, malicious=0.29), 100)) == 29  # not what binary fractions round to
+    with pytest.raises(UserError, match=r"malicious is 0.4, which of 2 sites is none"):
+        malicious_sites(attacked, 2)
     status, seen = go(attacked, tmp_path / "run")
     assert (status, "1 of 3 sites: SignFlip" in " ".join(seen.split())) == (0, True)
 
@@ -183,7 +187,22 @@ def test_too_small_a_cohort_is_refused_before_any_training(experiment):
         prepare(changed(experiment, aggregation=Krum(byzantine=1)), RunProgress(3, Console(quiet=True)))
 
 
+def test_adapters_to_start_from_are_checked_for_what_they_are(experiment, runs):
+    """The configuration says plain LoRA; the folder holds DoRA, whose magnitudes a sum of products has no place for."""
+    begun = changed(experiment, start_from=str(runs("dora") / "adapter"), aggregation=FedExLora())
+    with pytest.raises(UserError, match="FedExLora works on products of both factors, but lora.dora is True"):
+        prepare(begun, RunProgress(3, Console(quiet=True)))
+
+
+def test_what_federations_alone_have_is_no_matter_elsewhere(experiment):
+    fields = {"lora__ranks": (1, 2), "aggregation": FlexLora(), "federation__finetune_rounds": 0}
+    unused = together(experiment, **fields, setting="local", privacy=PRIVATE)
+    assert not config.regime_of(unused).ranks
+    assert config.regime_of(replace(unused, privacy=Privacy(), setting="federated")).ranks
+
+
 PRIVATE = Privacy(DpSgd(clip_norm=1.0, noise_multiplier=1.0), delta=1e-3)
+SUM = Privacy(DpFedSgd(clip_norm=1.0, noise_multiplier=1.0), delta=1e-3)
 SITE = Privacy(DpFedAvg(clip_norm=1.0, noise_multiplier=1.0), unit="site", delta=1e-3)
 LOCAL = Privacy(LocalDp(clip_norm=1.0, noise_multiplier=1.0), unit="site", delta=1e-3)
 UNIFORM = {"federation__weighting": "uniform"}
@@ -216,12 +235,29 @@ UNIFORM = {"federation__weighting": "uniform"}
             "compression changes what clients send after DpFedAvg",
         ),
         (
+            {"privacy": SUM, "aggregation": FedSaLora()},
+            "leaves factors at the clients, trained without DpFedSgd's noise",
+        ),
+        ({**UNIFORM, "privacy": LOCAL, "aggregation": FedSaLora()}, "trained without LocalDp's noise"),
+        ({"privacy": SUM, "attack": SignFlip(), "malicious": 0.4}, "one site would move the sum by more than its clip"),
+        ({"privacy": PRIVATE, "attack": LabelFlip(), "malicious": 0.4}, "puts answers of one record into others"),
+        (
+            {"aggregation": FlexLora(), "attack": SignFlip(), "malicious": 0.4},
+            "FlexLora send whole factors, not deltas",
+        ),
+        ({"aggregation": FLora(), "compression": TopK(0.1)}, "FLora send whole factors, not deltas"),
+        ({"aggregation": Ditto(), "federation__finetune_rounds": 1}, "does not go together with Ditto"),
+        (
+            {"aggregation": FlexLora(), "lora__ranks": (1, 2), "federation__finetune_rounds": 1},
+            "does not go together with lora.ranks",
+        ),
+        (
             {**UNIFORM, "privacy": SITE, "federation__availability": Availability(over_selection=2.0)},
             "over_selection is 2.0, but DpFedAvg draws every site by itself",
         ),
     ],
 )
 def test_what_does_not_go_together_is_refused(experiment, fields, message):
-    fields = {"training__optimizer": Optimizer("sgd", 1.0)} | fields
+    fields = {"training__optimizer": Optimizer("sgd", 1.0), "training__local_steps": 1} | fields
     with pytest.raises(UserError, match=message):
         together(experiment, **fields)

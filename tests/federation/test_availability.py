@@ -14,6 +14,10 @@ from tiny import same
 from toy_rounds import KEY, play, toy_model, toy_plan, toy_trainer
 
 from fedjax_llm.aggregation.fedavg import FedAvg
+from fedjax_llm.aggregation.fedsa import FedSaLora
+from fedjax_llm.aggregation.flexlora import FlexLora
+from fedjax_llm.aggregation.rolora import RoLora
+from fedjax_llm.aggregation.scaffold import Scaffold
 from fedjax_llm.errors import UserError
 from fedjax_llm.federation import cohorts, release, rounds
 from fedjax_llm.federation.availability import Answers, Asynchronous, Availability, among, answers, buffered, latency
@@ -199,6 +203,30 @@ def test_lost_clients_change_nothing_and_their_bytes_are_counted():
     assert min(seen.values()) > 0
     alone, _ = play(plan._replace(federation=replace(federation, availability=None)), rounds=3)
     assert not same(state.adapters, alone.adapters)
+
+
+def unheard(aggregation, **changes):
+    """The report of a round with clients that were late, and what one that was heard exchanged."""
+    federation = Federation(cohort=5, availability=Availability(jitter=1.0, deadline=1.0))
+    plan = toy_plan(toy_trainer(), STEPS, cohort=5, federation=federation, aggregation=aggregation)
+    _, (report,) = play(plan._replace(**changes), rounds=1)
+    assert report.late
+    assert report.clients
+    return report
+
+
+@pytest.mark.parametrize("algorithm", [Scaffold(), RoLora(), FedSaLora()], ids=lambda one: type(one).__name__)
+def test_late_clients_waste_what_heard_ones_exchange(algorithm):
+    """More than a delta where the algorithm has clients send more, and less where factors rest or stay."""
+    report = unheard(algorithm.make())
+    heard = {(client.download_bytes, client.upload_bytes) for client in report.clients}
+    assert heard == {(report.wasted.download / len(report.late), report.wasted.upload / len(report.late))}
+
+
+def test_late_clients_of_lower_rank_waste_less():
+    full, half = (unheard(FlexLora().make(), ranks=ranks).wasted for ranks in ((), (1,) * 5))
+    assert 3 * half.upload == full.upload > 0
+    assert 3 * half.download == full.download
 
 
 def test_a_stack_has_room_for_silent_clients():

@@ -13,7 +13,7 @@ from toy_rounds import SCALING, mean_gradient, toy_example, toy_model, toy_train
 from fedjax_llm import trees
 from fedjax_llm.data.packing import Shape, pack
 from fedjax_llm.errors import UserError
-from fedjax_llm.training.client_update import LocalTraining, Trainer, accumulate, run, start, step
+from fedjax_llm.training.client_update import LocalTraining, Secrets, Trainer, accumulate, run, start, step
 from fedjax_llm.training.rows import rows_of
 from fedjax_llm.types import Local
 
@@ -131,3 +131,18 @@ def test_a_given_optimizer_state_is_taken_up():
 def test_impossible_values_are_refused(field, value):
     with pytest.raises(UserError, match=f"training.{field} is {value}"):
         replace(LocalTraining(), **{field: value})
+
+
+def test_factors_that_rest_stay_and_gather_no_noise():
+    """Their moments must not fill with noise while they rest, which would move them when their turn comes."""
+    trainer = Trainer(None, 1.0, optax.adam(0.1), noisy=True)
+    before = start(trainer, ADAPTERS)._replace(gradients=GRADIENTS)
+    secrets = Secrets(jax.random.split(jax.random.key(0), C), jnp.ones(C))
+    live = {"a": jnp.float32(0), "b": jnp.float32(1)}
+    numbers = np.zeros(C, np.int32)
+    after = step(trainer, before, known(ANCHOR), FINISHED, DENOMINATOR, RATES, numbers, secrets, live)
+    assert same(after.adapters["w"]["a"], ADAPTERS["w"]["a"])
+    assert not np.any(after.optimizer[0].mu["w"]["a"])
+    assert np.all(np.asarray(after.optimizer[0].mu["w"]["b"])[FINISHED] != 0)
+    free = step(trainer, before, known(ANCHOR), FINISHED, DENOMINATOR, RATES, numbers, secrets)
+    assert np.all(np.asarray(free.optimizer[0].mu["w"]["a"])[FINISHED] != 0)
