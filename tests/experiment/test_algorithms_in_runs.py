@@ -190,7 +190,7 @@ def test_too_small_a_cohort_is_refused_before_any_training(experiment):
 def test_adapters_to_start_from_are_checked_for_what_they_are(experiment, runs):
     """The configuration says plain LoRA; the folder holds DoRA, whose magnitudes a sum of products has no place for."""
     begun = changed(experiment, start_from=str(runs("dora") / "adapter"), aggregation=FedExLora())
-    with pytest.raises(UserError, match="FedExLora works on products of both factors, but lora.dora is True"):
+    with pytest.raises(UserError, match=r"FedExLora works on products of .* but lora\.dora is True"):
         prepare(begun, RunProgress(3, Console(quiet=True)))
 
 
