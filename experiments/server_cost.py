@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedjax_llm import aggregation, trees
 from fedjax_llm import lora as low_rank
-from fedjax_llm import trees
-from fedjax_llm.aggregation.catalogue import algorithms
+from fedjax_llm.catalogue import makers
 from fedjax_llm.experiment.synthetic import dense_plan
 from fedjax_llm.federation.plan import RoundPlan
 from fedjax_llm.federation.release import template
@@ -51,7 +51,7 @@ def server_cases(plan: RoundPlan, adapters: PyTree, client_seconds: float) -> It
       adapters: that are trained.
       client_seconds: what local training of a cohort takes.
     """
-    for kind in algorithms():
+    for kind in makers(aggregation):
         algorithm = kind().make()
         _, shared = low_rank.partition(adapters, algorithm.personal)
         view = random_view(plan._replace(aggregation=algorithm), adapters, COHORT)

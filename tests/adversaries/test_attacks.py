@@ -1,10 +1,7 @@
 """What every attack promises, whichever there are (each file of the room is walked), and what each of them does."""
 
-import importlib
-import inspect
-import pkgutil
 from collections import Counter
-from dataclasses import is_dataclass, replace
+from dataclasses import replace
 from functools import cache
 
 import jax
@@ -21,6 +18,7 @@ from fedjax_llm.adversaries.inner_product import InnerProduct
 from fedjax_llm.adversaries.label_flip import LabelFlip
 from fedjax_llm.adversaries.scaled import ScaledUpdate
 from fedjax_llm.adversaries.sign_flip import SignFlip
+from fedjax_llm.catalogue import makers
 from fedjax_llm.data.records import Example, Message, Record
 from fedjax_llm.errors import UserError
 from fedjax_llm.types import Stack
@@ -29,26 +27,12 @@ C = 6
 KEY = jax.random.key(3)
 
 
-def attacks() -> list[type]:
-    """Every dataclass with ``make`` that a file of the room defines."""
-    found = []
-    for info in pkgutil.iter_modules(adversaries.__path__, adversaries.__name__ + "."):
-        module = importlib.import_module(info.name)
-        found += [
-            value
-            for value in vars(module).values()
-            if inspect.isclass(value) and value.__module__ == module.__name__ and is_dataclass(value)
-            if hasattr(value, "make")
-        ]
-    return found
-
-
-every = pytest.mark.parametrize("attack", attacks(), ids=lambda attack: attack.__name__)
+every = pytest.mark.parametrize("attack", makers(adversaries), ids=lambda attack: attack.__name__)
 corrupting = pytest.mark.parametrize(
-    "attack", [attack for attack in attacks() if attack().make().corrupt], ids=lambda attack: attack.__name__
+    "attack", [attack for attack in makers(adversaries) if attack().make().corrupt], ids=lambda attack: attack.__name__
 )
 poisoning = pytest.mark.parametrize(
-    "attack", [attack for attack in attacks() if attack().make().poison], ids=lambda attack: attack.__name__
+    "attack", [attack for attack in makers(adversaries) if attack().make().poison], ids=lambda attack: attack.__name__
 )
 
 
@@ -79,7 +63,7 @@ def of(stack: Stack, *clients: int):
 
 
 def test_the_walk_finds_the_attacks():
-    names = {attack.__name__ for attack in attacks()}
+    names = {attack.__name__ for attack in makers(adversaries)}
     assert {"SignFlip", "ScaledUpdate", "GaussianUpdate", "InnerProduct", "LabelFlip"} <= names
 
 

@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import same
 
-from fedjax_llm import lora, trees
-from fedjax_llm.aggregation.catalogue import algorithms
+from fedjax_llm import aggregation, lora, trees
+from fedjax_llm.catalogue import makers
 from fedjax_llm.errors import UserError
 from fedjax_llm.types import Local, Stack, Sum, Trained
 
 C = 4
 
 
-every = pytest.mark.parametrize("algorithm", algorithms(), ids=lambda algorithm: algorithm.__name__)
+every = pytest.mark.parametrize("algorithm", makers(aggregation), ids=lambda algorithm: algorithm.__name__)
 
 
 @cache
@@ -110,7 +110,7 @@ def assert_alike(algorithm: type, one, other, tolerance=1e-6):
 
 
 def test_the_walk_finds_the_family():
-    names = {algorithm.__name__ for algorithm in algorithms()}
+    names = {algorithm.__name__ for algorithm in makers(aggregation)}
     assert {"FedAvg", "FedAvgM", "FedAdam", "FedYogi", "FedAdagrad"} <= names
 
 

@@ -1,10 +1,6 @@
 """What every compression promises, whichever there are: each file of the room is walked."""
 
-import importlib
-import inspect
 import math
-import pkgutil
-from dataclasses import is_dataclass
 from functools import cache
 from typing import Any
 
@@ -17,6 +13,7 @@ from hypothesis import strategies as st
 from tiny import same
 
 from fedjax_llm import compression
+from fedjax_llm.catalogue import makers
 from fedjax_llm.compression.bf16 import Bfloat16
 from fedjax_llm.compression.codec import Codec
 from fedjax_llm.compression.quantise import Quantise
@@ -30,20 +27,6 @@ DRAWS = 4000
 FALSE_ALARM = 1e-6  # of all checks for bias together
 
 
-def compressions() -> list[type]:
-    """Every dataclass with ``make`` that a file of the room defines."""
-    found = []
-    for info in pkgutil.iter_modules(compression.__path__, compression.__name__ + "."):
-        module = importlib.import_module(info.name)
-        found += [
-            value
-            for value in vars(module).values()
-            if inspect.isclass(value) and value.__module__ == module.__name__ and is_dataclass(value)
-            if hasattr(value, "make")
-        ]
-    return found
-
-
 VARIANTS = [
     Quantise(2, block=5),
     Rotated(Quantise(3, block=8), block=8),
@@ -53,7 +36,7 @@ VARIANTS = [
     TopK(0.3, values=Rotated(Quantise(4), block=4)),
     TopK(1.0, error_feedback=False, values=Bfloat16()),
 ]
-ALL = [kind() for kind in compressions()] + VARIANTS
+ALL = [kind() for kind in makers(compression)] + VARIANTS
 every = pytest.mark.parametrize("config", ALL, ids=str)
 
 
@@ -92,7 +75,7 @@ def shapes(tree: Any) -> Any:
 
 
 def test_the_walk_finds_the_family():
-    names = {kind.__name__ for kind in compressions()}
+    names = {kind.__name__ for kind in makers(compression)}
     assert {"Quantise", "Bfloat16", "Rotated", "TopK", "CountSketch"} <= names
 
 

@@ -1,15 +1,18 @@
-"""Every algorithm there is: the dataclasses with ``make`` that the files of this room hold."""
+"""What there is in a room of one thing a file: nothing has to be registered to be found."""
 
 import dataclasses
 import importlib
 import inspect
 import pkgutil
+from types import ModuleType
 
 
-def algorithms() -> list[type]:
-    """Their classes, in the order of the files' names. Nothing has to be registered."""
-    import fedjax_llm.aggregation as room
+def makers(room: ModuleType) -> list[type]:
+    """The dataclasses with ``make`` that the files of a room define, in the order of the files' names.
 
+    Args:
+      room: a package, such as ``fedjax_llm.aggregation``.
+    """
     found = []
     for info in pkgutil.iter_modules(room.__path__, room.__name__ + "."):
         module = importlib.import_module(info.name)
