@@ -167,6 +167,6 @@ def _label_log(axis: Axis, show: Callable[[float], str]) -> None:
     """Labels a log axis in plain text: its decades, and where these are fewer than two what lies between."""
     low, high = axis.get_view_interval()
     decades = FuncFormatter(lambda value, _: show(value))
-    between = FuncFormatter(lambda value, _: show(value) if f"{value:e}"[0] in "235" else "")
+    between = FuncFormatter(lambda value, _: show(value) if f"{value:e}"[0] in "25" else "")
     axis.set_major_formatter(decades)
     axis.set_minor_formatter(between if high < 100 * low else NullFormatter())
