@@ -33,6 +33,7 @@ def runs(experiment, tmp_path_factory):
     """Folder and output of a run in each setting."""
     folder, found = tmp_path_factory.mktemp("runs"), {}
     for setting in SETTINGS:
+        jax.clear_caches()  # what another run in this process has compiled would take this one no time
         status, seen = go(changed(experiment, setting=setting), folder / setting)
         assert status == 0
         found[setting] = (folder / setting, seen)
