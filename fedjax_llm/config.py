@@ -157,37 +157,23 @@ class Experiment:
             raise UserError(
                 f"attack is {self.attack} and malicious is {self.malicious}: set both (how, and how many), or neither"
             )
-        if self.federation.asynchronous is not None and self.setting == "federated":
-            algorithm = self.aggregation.make()
-            plain = Aggregation(algorithm.init, algorithm.update, algorithm.view, ranks=algorithm.ranks)
-            if algorithm != plain:
-                raise UserError(
-                    "federation.asynchronous takes updates that began with older adapters, and "
-                    f"{type(self.aggregation).__name__} does more with its clients than average deltas. Choose an "
-                    "aggregation of deltas (such as FedAvg, FedAvgM or FedAdam), or set it to None"
-                )
         if self.setting == "federated":
-            self._check_messages()
+            self._check_algorithm()
         if self.lora.ranks and self.compression is not None:
             raise UserError("lora.ranks and compression do not go together; set one of them to () or None")
-        if self.lora.ranks and self.setting == "federated" and not self.aggregation.make().ranks:
-            raise UserError(
-                f"lora.ranks is {self.lora.ranks}, but {type(self.aggregation).__name__} cannot aggregate adapters of "
-                "different ranks; choose FlexLora, HetLora, FLora or FedAvg, or set lora.ranks to ()"
-            )
-        if self.setting == "federated" and self.aggregation.make().whole:
-            kind = f"lora.train is {self.lora.train!r}" if self.lora.train != "both" else "lora.dora is True"
-            if self.lora.train != "both" or self.lora.dora:
-                raise UserError(
-                    f"{type(self.aggregation).__name__} works on products of both factors, but {kind}: train plain "
-                    "LoRA (lora.train='both', lora.dora=False), or choose FedAvg"
-                )
         if self.privacy.mechanism is not None and self.setting != "base":
             self.privacy.check(regime_of(self))
 
-    def _check_messages(self) -> None:
-        """Refuses what is made for deltas where clients send whole factors, and fine-tuning that loses adapters."""
+    def _check_algorithm(self) -> None:
+        """Refuses what the aggregation cannot be combined with."""
         algorithm, name = self.aggregation.make(), type(self.aggregation).__name__
+        plain = Aggregation(algorithm.init, algorithm.update, algorithm.view, ranks=algorithm.ranks)
+        if self.federation.asynchronous is not None and algorithm != plain:
+            raise UserError(
+                "federation.asynchronous takes updates that began with older adapters, and "
+                f"{name} does more with its clients than average deltas. Choose an "
+                "aggregation of deltas (such as FedAvg, FedAvgM or FedAdam), or set it to None"
+            )
         corrupts = self.attack is not None and self.attack.make().corrupt is not None
         if algorithm.whole and algorithm.client.report is not None and (corrupts or self.compression is not None):
             raise UserError(
@@ -198,6 +184,17 @@ class Experiment:
         if self.federation.finetune_rounds and (algorithm.own is not None or self.lora.ranks):
             what = "lora.ranks" if self.lora.ranks else f"{name}, whose clients have adapters of their own already"
             raise UserError(f"federation.finetune_rounds does not go together with {what}; set it to 0")
+        if self.lora.ranks and not algorithm.ranks:
+            raise UserError(
+                f"lora.ranks is {self.lora.ranks}, but {name} cannot aggregate adapters of "
+                "different ranks; choose FlexLora, HetLora, FLora or FedAvg, or set lora.ranks to ()"
+            )
+        if algorithm.whole and (self.lora.train != "both" or self.lora.dora):
+            kind = f"lora.train is {self.lora.train!r}" if self.lora.train != "both" else "lora.dora is True"
+            raise UserError(
+                f"{name} works on products of both factors, but {kind}: train plain "
+                "LoRA (lora.train='both', lora.dora=False), or choose FedAvg"
+            )
 
 
 def regime_of(experiment: Experiment) -> Regime:
