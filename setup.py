@@ -20,6 +20,7 @@ def version() -> str:
 
 
 RUNTIME = [
+    "cryptography>=45",
     "dp-accounting>=0.6",
     "filelock>=3.12",
     "flax>=0.12.8",
@@ -30,9 +31,11 @@ RUNTIME = [
     "jinja2>=3.1",
     "markupsafe>=2.1",
     "matplotlib>=3.9",
+    "msgpack>=1.1",
     "numpy>=2.0",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12",
+    "pycryptodome>=3.20",
     "requests>=2.32",
     "rich>=13.7",
     "safetensors>=0.5",

@@ -16,7 +16,7 @@ from fedjax_llm.errors import UserError
 from fedjax_llm.experiment.compilation import use_compilation_cache
 from fedjax_llm.models.decoding import Greedy, Nucleus, Sampler, pieces, stream
 from fedjax_llm.models.loading import BaseModel, load
-from fedjax_llm.runs import directory
+from fedjax_llm.runs import directory, encryption, keys
 from fedjax_llm.types import Adapters
 
 
@@ -39,7 +39,7 @@ def open_run(run: Path) -> TunedModel:
     """Loads the model and the adapter of a run folder.
 
     Raises:
-      UserError: the folder is no run, has no adapter, or its model cannot be loaded.
+      UserError: the folder is no run, has no adapter, its model cannot be loaded, or its key is missing or another.
     """
     if not (run / directory.CONFIG).is_file():
         raise UserError(f"{run} is not the folder of a run (it has no {directory.CONFIG}); experiments.run makes one")
@@ -50,8 +50,9 @@ def open_run(run: Path) -> TunedModel:
         name, dtype, system = config["model"]["name"], config["model"]["dtype"], config["data"]["system"]
     except (KeyError, TypeError) as missing:
         raise UserError(f"{run / directory.CONFIG} is not the configuration of a run: {missing} is missing") from None
+    encryption.vault_of(run)  # a missing key is told before the model is loaded
     base = load(name, dtype)
-    kind, adapters = peft.read_adapter_for(run / "adapter", base.model)
+    kind, adapters = peft.read_adapter_for(run / "adapter", base.model, encryption.read)
     return TunedModel(base, lora.scaled(adapters, kind.scaling), system)
 
 
@@ -99,6 +100,7 @@ def main(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    key_file: Path | None = None,
 ) -> None:
     """Answers a question with the tuned model of a run; without a question, asks for one after the other.
 
@@ -110,10 +112,12 @@ def main(
       temperature: of sampling; 0 takes the most likely token each time.
       top_p: sample from the likeliest tokens that together have this probability.
       seed: of sampling.
+      key_file: of an encrypted run, if the key is not where the run says.
     """
     sampler = Nucleus(jax.random.key(seed), temperature, top_p) if temperature else Greedy()
     use_compilation_cache()
-    tuned = open_run(run)
+    with keys.using(key_file):
+        tuned = open_run(run)
     voices = {"tuned": tuned.adapters, "base": {}} if base else {"tuned": tuned.adapters}
     for asked in _questions() if question is None else [question]:
         for name, adapters in voices.items():

@@ -3,11 +3,13 @@
     python -m experiments.bench --json
     python -m experiments.bench --peers        (needs `make peers`)
     python -m experiments.bench --suite aggregation
+    python -m experiments.bench --suite secure --json --plot growth.png
 
 One JSON object a case: seconds, real and padded tokens/s, GFLOP/s, share of this machine's measured f32 matmul peak,
 and peak memory. The private round (record-level DP-SGD at the sites) is set against the same round without privacy, and
 with ``--peers`` ours against each peer's: ``ratio`` is the median of ratios of runs that took turns. The suite
-``aggregation`` times every server algorithm for a cohort of 64, against the clients' work, and a round of a thousand.
+``aggregation`` times every server algorithm for a cohort of 64, against the clients' work, and a round of a thousand;
+``secure`` times secure aggregation against plain sums, in the quickstart's round, and its growth with the cohort.
 """
 
 import json
@@ -27,6 +29,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from experiments.secure_cost import plot_growth, secure_cases
 from experiments.server_cost import COHORT, many_clients_case, server_cases
 from fedjax_llm import trees
 from fedjax_llm.data.packing import pack
@@ -86,7 +89,8 @@ class Bench:
       batch: B, examples a step.
       length: L, tokens an example.
       repeats: timed repeats after one warm-up.
-      suite: what is measured: training ``steps`` and rounds, or the ``aggregation``.
+      suite: what is measured: training ``steps`` and rounds, the ``aggregation``, or ``secure`` aggregation.
+      plot: draw the growth of ``secure`` aggregation into this file.
       peers: also time the peers, taking turns.
       only: of the peers, those that are named.
       turns: how often ours and each peer take turns.
@@ -100,7 +104,8 @@ class Bench:
     batch: int = 4
     length: int = 64
     repeats: int = 5
-    suite: Literal["steps", "aggregation"] = "steps"
+    suite: Literal["steps", "aggregation", "secure"] = "steps"
+    plot: Path | None = None
     peers: bool = False
     only: tuple[str, ...] = tuple(peer.name for peer in PEERS)
     turns: int = 3
@@ -302,6 +307,9 @@ def main() -> int:
 def cases(bench: Bench) -> Iterator[dict[str, Any]]:
     """All cases of a run, as they are measured."""
     use_compilation_cache()
+    if bench.suite == "secure":
+        yield from secure_suite(bench)
+        return
     peak = matmul_peak()
     base = load(bench.model)
     shapes = {"clients": bench.clients, "steps": bench.steps, "batch": bench.batch, "length": bench.length}
@@ -318,6 +326,16 @@ def cases(bench: Bench) -> Iterator[dict[str, Any]]:
     yield private_case(bench, base, plain, private, private_plan, private_state, peak)
     if bench.peers:
         yield from peer_cases(bench, base, plain, private)
+
+
+def secure_suite(bench: Bench) -> Iterator[dict[str, Any]]:
+    """The cases of secure aggregation, and their picture if one is asked for."""
+    found = []
+    for case in secure_cases(bench.repeats):
+        found.append(case)
+        yield case
+    if bench.plot is not None:
+        plot_growth(found, bench.plot)
 
 
 if __name__ == "__main__":

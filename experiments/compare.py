@@ -12,15 +12,18 @@ from rich.console import Console
 
 from fedjax_llm.errors import UserError, tell
 from fedjax_llm.runs.compare import compare, render
+from fedjax_llm.runs.keys import using
 
 
-def show(runs: Annotated[tuple[Path, ...], tyro.conf.Positional]) -> None:
+def show(runs: Annotated[tuple[Path, ...], tyro.conf.Positional], key_file: Path | None = None) -> None:
     """Compares finished runs.
 
     Args:
       runs: their folders; differences are taken against the first.
+      key_file: of encrypted runs, if the key is not where they say.
     """
-    render(Console(), compare(runs))
+    with using(key_file):
+        render(Console(), compare(runs))
 
 
 def main() -> int:

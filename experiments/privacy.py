@@ -25,7 +25,7 @@ from fedjax_llm import config as configuration
 from fedjax_llm.config import MAY_CHANGE, Experiment
 from fedjax_llm.errors import UserError, tell
 from fedjax_llm.privacy.ledger import config_hash
-from fedjax_llm.runs import directory, recount
+from fedjax_llm.runs import directory, keys, recount
 from fedjax_llm.runs.progress import RunProgress
 
 PROGRAM = "python -m experiments.privacy"
@@ -72,17 +72,21 @@ def count(arguments: list[str], console: Console) -> int:
     """Prints what a run released; 1 if the run claims less."""
 
     def released(
-        run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")], delta: float | None = None
+        run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
+        delta: float | None = None,
+        key_file: Path | None = None,
     ) -> recount.Recount:
         """Recomputes a run's epsilon from its ledger alone; with --config=FILE instead, says what it will be.
 
         Args:
           run: the folder of a run.
           delta: of the guarantee; that of the ledger if not given.
+          key_file: of an encrypted run, whose claims are read with it, if the key is not where the run says.
         """
         path = run / directory.CONFIG
         config = config_hash(directory.read_json(path), MAY_CHANGE) if path.is_file() else None
-        return recount.recount(run, delta, config=config)
+        with keys.using(key_file):
+            return recount.recount(run, delta, config=config)
 
     found = tyro.cli(released, args=arguments, prog=PROGRAM)
     recount.render(console, found)

@@ -19,6 +19,7 @@ from rich.console import Console
 from fedjax_llm import config as configuration
 from fedjax_llm.config import Experiment
 from fedjax_llm.errors import UserError, tell
+from fedjax_llm.runs import keys
 
 DEFAULT = "configs/quickstart.py"
 
@@ -31,11 +32,13 @@ class Command(Experiment):
       config: a Python file with ``get_config() -> Experiment``.
       out: the run's folder; ``runs/<config>-<setting>`` if not given.
       resume: go on with the run in that folder.
+      key_file: the key with which output.encryption encrypts, if it is not where that says.
     """
 
     config: str = DEFAULT
     out: str | None = None
     resume: bool = False
+    key_file: Path | None = None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,9 +49,15 @@ def main(arguments: list[str] | None = None) -> int:
         command = parse(arguments)
         experiment = experiment_of(command)
         folder = Path(command.out or f"runs/{Path(command.config).stem}-{experiment.setting}")
+        if command.key_file is not None and experiment.output.encryption is None:
+            raise UserError(
+                "--key-file names a key, but output.encryption is None, so that nothing would be encrypted; set it in "
+                "the configuration: output=Output(encryption=Encryption(key_file=...))"
+            )
         from fedjax_llm.experiment.run import run
 
-        return run(experiment, folder, resume=command.resume, console=console)
+        with keys.using(command.key_file):
+            return run(experiment, folder, resume=command.resume, console=console)
     except UserError as error:
         return tell(error)
     except KeyboardInterrupt:

@@ -26,6 +26,9 @@ from fedjax_llm.lora import Lora
 from fedjax_llm.models.loading import BaseType
 from fedjax_llm.privacy.guarantee import Privacy
 from fedjax_llm.privacy.mechanism import Regime
+from fedjax_llm.runs.keys import Encryption
+from fedjax_llm.secure import refusals as secure_refusals
+from fedjax_llm.secure.sec_agg import SecAgg
 from fedjax_llm.training.client_update import LocalTraining
 from fedjax_llm.types import Aggregation, Setting, Sum
 
@@ -83,7 +86,10 @@ class Output:
       select: which adapters are the result: those of the last round, or of the best validation.
       bandwidth_mbps: of a site's line, for the seconds that communication would take.
       aggregation_error: whether every round measures what averaging the factors loses (memory for two copies of the
-        adapted matrices).
+        adapted matrices). Nobody sees what it takes under secure aggregation, where it is never measured.
+      client_metrics: whether metrics hold every client's loss, tokens and update norm, and not only the cohort's;
+        ``None``: unless aggregation is secure.
+      encryption: where the key is with which the run's folder is encrypted; ``None``: all files are in clear.
     """
 
     keep_last: int = 2
@@ -91,6 +97,8 @@ class Output:
     select: Literal["last", "best"] = "last"
     bandwidth_mbps: float = 20.0
     aggregation_error: bool = True
+    client_metrics: bool | None = None
+    encryption: Encryption | None = None
 
     def __post_init__(self) -> None:
         """Refuses impossible values."""
@@ -118,6 +126,8 @@ class Experiment:
       compression: of what clients send: a dataclass with ``.make()`` (``compression/``); ``None``: as it is.
       attack: what malicious clients do: a dataclass with ``.make()`` (``adversaries/``); ``None``: all are honest.
       malicious: the share of the sites that are malicious, drawn by the seed and rounded down.
+      secure: how messages are aggregated so that the server sees their sum only (``secure/sec_agg.py``); ``None``: it
+        sees them all.
       privacy: whether and how differential privacy is guaranteed, and to whom.
       evaluation: of held-out records.
       execution: layout of the computation; never changes a result.
@@ -136,6 +146,7 @@ class Experiment:
     compression: Any = None
     attack: Any = None
     malicious: float = 0.0
+    secure: SecAgg | None = None
     privacy: Privacy = Privacy()
     evaluation: Evaluation = Evaluation()
     execution: Execution = Execution()
@@ -175,6 +186,15 @@ class Experiment:
                 "aggregation of deltas (such as FedAvg, FedAvgM or FedAdam), or set it to None"
             )
         corrupts = self.attack is not None and self.attack.make().corrupt is not None
+        if self.secure is not None:
+            secure_refusals.check(
+                aggregation=name,
+                needs_stack=algorithm.view is not Sum,
+                compressed=self.compression is not None,
+                attacked=corrupts,
+                asynchronous=self.federation.asynchronous is not None,
+                client_metrics=self.output.client_metrics,
+            )
         if algorithm.whole and algorithm.client.report is not None and (corrupts or self.compression is not None):
             raise UserError(
                 f"the clients of {name} send whole factors, not deltas: attacks on messages and compression are made "
@@ -232,10 +252,12 @@ def regime_of(experiment: Experiment) -> Regime:
         finetunes=federated and federation.finetune_rounds > 0,
         unreliable=federated and federation.availability is not None,
         over_selection=1.0 if federation.availability is None else federation.availability.over_selection,
+        secure=federated and experiment.secure is not None,
+        colluders=experiment.secure.colluders if federated and experiment.secure is not None else 0,
     )
 
 
-MAY_CHANGE = ("execution.*", "output.keep_last", "output.bandwidth_mbps")
+MAY_CHANGE = ("execution.*", "output.keep_last", "output.bandwidth_mbps", "output.client_metrics", "output.encryption*")
 """What may differ when a run is resumed: nothing that decides a result."""
 
 

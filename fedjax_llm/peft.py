@@ -6,7 +6,7 @@ ours, transposed. LoRA, rsLoRA and DoRA are read; a variant that computes someth
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,13 @@ _INITS = {"true": "kaiming", "false": "kaiming", "gaussian": "gaussian", "orthog
 """PEFT's initialisations that leave the base weights alone -> the nearest of ours (of no effect on trained factors)."""
 
 
-def write_adapter(folder: Path, adapters: Adapters, lora: Lora, base_model: str) -> None:
+Read = Callable[[Path], bytes]
+"""The content of a file, which an encrypted run has to decrypt first."""
+Seal = Callable[[Path, bytes], bytes]
+"""What a file is to hold for a content."""
+
+
+def write_adapter(folder: Path, adapters: Adapters, lora: Lora, base_model: str, seal: Seal | None = None) -> None:
     """Writes adapters as PEFT reads them: float32, for the base model's original weights.
 
     The two files are complete or absent: a folder that is interrupted while being written is refused by the readers.
@@ -58,6 +64,7 @@ def write_adapter(folder: Path, adapters: Adapters, lora: Lora, base_model: str)
       adapters: factors ``a`` [in, R] and ``b`` [R, out], not scaled.
       lora: what they were made with.
       base_model: name or path of the model that they belong to; PEFT loads it on request.
+      seal: encrypts the files, which PEFT then cannot read; ``None``: they are in clear.
 
     Raises:
       UserError: the folder cannot be written.
@@ -95,11 +102,18 @@ def write_adapter(folder: Path, adapters: Adapters, lora: Lora, base_model: str)
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    _replace(folder, {_WEIGHTS: save(tensors, {"format": "pt"}), _CONFIG: json.dumps(config, indent=2).encode()})
+    files = {_WEIGHTS: save(tensors, {"format": "pt"}), _CONFIG: json.dumps(config, indent=2).encode()}
+    if seal is not None:
+        files = {name: seal(folder / name, content) for name, content in files.items()}
+    _replace(folder, files)
 
 
-def read_adapter(folder: Path) -> tuple[Lora, Adapters]:
+def read_adapter(folder: Path, read: Read = Path.read_bytes) -> tuple[Lora, Adapters]:
     """Reads a PEFT adapter of LoRA, rank-stabilised or not, or of DoRA.
+
+    Args:
+      folder: of the adapter.
+      read: gives the content of its files.
 
     Returns:
       What made it, with exact module paths as targets, and its factors in float32, unscaled.
@@ -108,10 +122,10 @@ def read_adapter(folder: Path) -> tuple[Lora, Adapters]:
       UserError: files are missing or damaged, the adapter is not plain LoRA, or tensors are missing, left over or
         misshapen; their names are listed.
     """
-    config = _read_config(folder)
+    config = _read_config(folder, read)
     lora = _plain_lora(config, folder / _CONFIG)
     targets, named = _declared(config, folder / _CONFIG)
-    tensors = _read_weights(folder)
+    tensors = _read_weights(folder, read)
     names = [name for name in tensors if lora.dora and name.endswith(".lora_magnitude_vector")]
     magnitudes = {name: tensors.pop(name) for name in names}
     paths = _check_tensors(folder, tensors, targets, named, lora.rank)
@@ -132,13 +146,13 @@ def read_adapter(folder: Path) -> tuple[Lora, Adapters]:
     return replace(lora, targets=tuple(modules), layers=() if all_layers else tuple(layers)), adapters
 
 
-def read_adapter_for(folder: Path, model: CausalLM) -> tuple[Lora, Adapters]:
+def read_adapter_for(folder: Path, model: CausalLM, read: Read = Path.read_bytes) -> tuple[Lora, Adapters]:
     """Reads a PEFT adapter as the starting point of training ``model``.
 
     Raises:
       UserError: as :func:`read_adapter`, or the adapter does not fit the model; modules and shapes are listed.
     """
-    lora, adapters = read_adapter(folder)
+    lora, adapters = read_adapter(folder, read)
     sizes = module_paths(model)
     known = {_within(path) for path in sizes}
     unknown = [module for module in lora.targets if module not in known]
@@ -278,16 +292,16 @@ def _raise_faults(folder: Path, missing: list[str], extra: list[str], misshapen:
         )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path, read: Read) -> dict[str, Any]:
     """The JSON object of ``adapter_config.json``."""
     path = folder / _CONFIG
     if not path.is_file():
         names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
         raise UserError(f"{folder} has no {_CONFIG}, so it is no PEFT adapter{nearest(_CONFIG, names)}")
-    return read_object(path)
+    return read_object(path, read)
 
 
-def _read_weights(folder: Path) -> dict[str, np.ndarray]:
+def _read_weights(folder: Path, read: Read) -> dict[str, np.ndarray]:
     """The tensors as float32."""
     from safetensors import SafetensorError
     from safetensors.numpy import load
@@ -301,7 +315,7 @@ def _read_weights(folder: Path) -> dict[str, np.ndarray]:
             )
         raise UserError(f"{folder} has no {_WEIGHTS}; the adapter is incomplete.")
     try:
-        tensors = {name: array.astype(np.float32) for name, array in sorted(load(path.read_bytes()).items())}
+        tensors = {name: array.astype(np.float32) for name, array in sorted(load(read(path)).items())}
     except (SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"{path} is damaged or no safetensors file ({error}).") from error
     broken = [name for name, array in tensors.items() if not np.isfinite(array).all()]

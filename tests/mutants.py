@@ -24,7 +24,7 @@ from scipy import stats
 from fedjax_llm.aggregation.fedavg import FedAvg
 from fedjax_llm.data.packing import Shape
 from fedjax_llm.data.records import EncodedExample
-from fedjax_llm.experiment.prepare import trainer_of
+from fedjax_llm.experiment.planning import trainer_of
 from fedjax_llm.federation import release, rounds
 from fedjax_llm.federation.clients import clients_of, local_training_of
 from fedjax_llm.federation.plan import Execution, Federation, RoundPlan, RoundReport

@@ -9,6 +9,7 @@ from tiny import tiny_model
 from toy_rounds import toy_model, toy_plan, toy_trainer
 
 from fedjax_llm.federation.rounds import initial_state, run_round
+from fedjax_llm.secure import ring
 from fedjax_llm.training.client_update import LocalTraining
 
 pytestmark = pytest.mark.accelerator
@@ -42,3 +43,14 @@ def test_logits_are_those_of_the_cpu():
             return np.asarray(model.logits(there, model.hidden(there, {}, jax.device_put(tokens, device))[0]))
 
     np.testing.assert_allclose(logits(jax.devices()[0]), logits(jax.devices("cpu")[0]), rtol=0, atol=1e-4)
+
+
+def test_integers_and_their_sums_are_those_of_the_host():
+    rng = np.random.default_rng(0)
+    values, weights = rng.normal(0, 2, (25, 5000)).astype(np.float32), rng.integers(1, 700, 25).astype(np.float32)
+    on = ring.grid(4.0, 25, float(weights.sum()))
+    here = ring.quantise(values, weights, on)
+    there = jax.jit(ring.quantise, static_argnums=2)(*jax.device_put((values, weights), jax.devices()[0]), on)
+    assert there.devices() == {jax.devices()[0]}
+    np.testing.assert_array_equal(here, np.asarray(there))
+    np.testing.assert_array_equal(ring.total(here), np.asarray(ring.total(there)))

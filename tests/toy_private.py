@@ -15,7 +15,7 @@ from fedjax_llm import lora
 from fedjax_llm.aggregation.fedavg import FedAvg
 from fedjax_llm.data.packing import Shape, choose_shapes
 from fedjax_llm.data.records import EncodedExample
-from fedjax_llm.experiment.prepare import trainer_of
+from fedjax_llm.experiment.planning import trainer_of
 from fedjax_llm.federation.clients import clients_of, local_training_of
 from fedjax_llm.federation.plan import Federation, RoundPlan, RoundReport
 from fedjax_llm.federation.rounds import initial_state, run_round

@@ -14,6 +14,7 @@ from fedjax_llm import peft
 from fedjax_llm.data.chat import LengthReport
 from fedjax_llm.errors import UserError
 from fedjax_llm.evaluation import evaluate, generation
+from fedjax_llm.experiment.disclosed import disclosed
 from fedjax_llm.experiment.prepare import Prepared
 from fedjax_llm.experiment.training_loop import TIMING, Ended, Validate
 from fedjax_llm.federation import effective
@@ -21,7 +22,7 @@ from fedjax_llm.federation.communication import totals
 from fedjax_llm.federation.plan import RoundPlan
 from fedjax_llm.models.loading import BaseModel
 from fedjax_llm.privacy import guarantee, ledger, statement
-from fedjax_llm.runs import directory, environment, metrics
+from fedjax_llm.runs import directory, encryption, environment, metrics
 from fedjax_llm.runs.progress import RunProgress
 from fedjax_llm.runs.summary import macro_paired_difference, paired_difference, summarise_evaluation
 from fedjax_llm.types import Adapters, PyTree, RoundState
@@ -160,7 +161,7 @@ def _write(prepared: Prepared, state: RoundState, folder: Path, adapters: Adapte
         products = low_rank.products(whole)
         change = {path: lora.scaling * product + moved.get(path, 0.0) for path, product in products.items()}
         lora, whole = low_rank.factored(change, lora)
-    peft.write_adapter(folder, whole, lora, prepared.base.name)
+    peft.write_adapter(folder, whole, lora, prepared.base.name, encryption.seal)
 
 
 def summarise(
@@ -186,6 +187,7 @@ def summarise(
         "data": {"version": prepared.dataset.version, "citation": prepared.dataset.citation},
         "model": {"name": prepared.base.name, "fingerprint": prepared.base.fingerprint},
         "privacy": privacy_of(prepared, folder, stopped),
+        "secure": disclosed(prepared, _lines(prepared, folder)),
         "seed": experiment.seed,
     }
 
@@ -207,10 +209,15 @@ def privacy_of(prepared: Prepared, folder: Path, stopped: str | None) -> dict[st
     return statement.statement(*parts)
 
 
+def _lines(prepared: Prepared, folder: Path) -> list[dict[str, Any]]:
+    """The rounds' metrics."""
+    log = folder / "metrics.jsonl"
+    return metrics.read(log) if prepared.plan is not None and log.exists() else []
+
+
 def _training(prepared: Prepared, folder: Path) -> dict[str, Any]:
     """The figures of the rounds, from their metrics; a resumed run counts all its parts."""
-    log = folder / "metrics.jsonl"
-    lines = metrics.read(log) if prepared.plan is not None and log.exists() else []
+    lines = _lines(prepared, folder)
     seconds, compiling = (sum(line["timing"][name] for line in lines) for name in ("seconds", "compile_seconds"))
     tokens = sum(line["tokens"] for line in lines)
     model = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(prepared.base.params))

@@ -13,8 +13,10 @@ from rich.text import Text
 from fedjax_llm.config import Experiment
 from fedjax_llm.data.splits import SplitSite
 from fedjax_llm.experiment.charging import exceeds
-from fedjax_llm.experiment.prepare import cohort_size, load_dataset, split_sites
-from fedjax_llm.experiment.protection import population_of, protection
+from fedjax_llm.experiment.planning import cohort_size
+from fedjax_llm.experiment.prepare import load_dataset, split_sites, trained_values
+from fedjax_llm.experiment.protection import depends_on_values, population_of, protection
+from fedjax_llm.models.loading import load
 from fedjax_llm.privacy import accounting, calibration, guarantee, statement
 from fedjax_llm.privacy.dp_fedavg import DpFedAvg
 from fedjax_llm.privacy.events import Event
@@ -96,8 +98,12 @@ def forecast(experiment: Experiment, progress: RunProgress) -> Forecast | None:
     with progress.phase("Reading the text"):
         sites = split_sites(experiment, load_dataset(experiment))
     cohort_size(experiment, len(sites))
+    values = 0
+    if depends_on_values(experiment):
+        with progress.phase(f"Loading the model {experiment.model.name}"):
+            values = trained_values(experiment, load(experiment.model.name, experiment.model.dtype))
     with progress.phase("Calibrating noise", unit="tries") as advance:
-        found = protection(experiment, sites, lambda done, total: advance(1))
+        found = protection(experiment, sites, lambda done, total: advance(1), values)
     assert found is not None
     mechanism, population = found
     planned = releases_planned(mechanism, population, experiment.federation.rounds)
@@ -276,6 +282,7 @@ def _settings(experiment: Experiment, found: Forecast) -> list[tuple[str, Any]]:
         "steps": "by each site, to the sum of each of its steps",
         "deltas": "by each site, to its update",
         "sum": "once a round, to the sum over the sites",
+        "shares": "by each site, its share of it, as integers under the masks",
     }
     events = list(dict.fromkeys(in_words(event) for released in found.planned.values() for event in released))
     more = (

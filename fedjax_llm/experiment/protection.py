@@ -53,10 +53,23 @@ def population_of(experiment: Experiment, sites: Sequence[SplitSite]) -> Populat
     )
 
 
+def depends_on_values(experiment: Experiment) -> bool:
+    """Whether the noise depends on how many numbers a message holds, which is known when the model is."""
+    return getattr(experiment.privacy.mechanism, "distributed", None) is not None
+
+
+def selected(experiment: Experiment, sites: int) -> int:
+    """How many sites a round selects."""
+    federation = experiment.federation
+    cohort = sites if federation.cohort is None else federation.cohort
+    return cohort if federation.availability is None else selected_size(cohort, sites, federation.availability)
+
+
 def protection(
     experiment: Experiment,
     sites: Sequence[SplitSite],
     progress: Callable[[int, int], Any] | None = None,
+    values: int = 0,
 ) -> tuple[Mechanism, Population] | None:
     """The mechanism of an experiment with its noise, and whom it protects; ``None`` without differential privacy.
 
@@ -64,6 +77,7 @@ def protection(
       experiment: what to do.
       sites: split into training, validation and test records.
       progress: called with (done, total) while noise is calibrated.
+      values: how many numbers a message holds, where :func:`depends_on_values`.
 
     Raises:
       UserError: the mechanism cannot protect this, or no noise meets the target.
@@ -74,6 +88,10 @@ def protection(
     regime = regime_of(experiment)
     if experiment.setting == "centralised":  # the one client does the steps of the whole cohort
         regime = regime._replace(local_steps=regime.local_steps * (experiment.federation.cohort or len(sites)))
+    if regime.secure:
+        assert experiment.secure is not None
+        terms = experiment.secure.make(selected(experiment, len(sites)))
+        regime = regime._replace(values=values, survivors=terms.survivors)
     mechanism = guarantee.build(experiment.privacy, regime, population, progress)
     assert mechanism is not None
     return mechanism, population

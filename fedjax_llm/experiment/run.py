@@ -14,6 +14,7 @@ from fedjax_llm import lora as low_rank
 from fedjax_llm.config import MAY_CHANGE, Experiment, in_words, to_json
 from fedjax_llm.errors import UserError
 from fedjax_llm.experiment.compilation import CompileClock, use_compilation_cache
+from fedjax_llm.experiment.disclosed import disclosed
 from fedjax_llm.experiment.finetuning import finetune
 from fedjax_llm.experiment.finish import finish, length_counts, site_counts, validation_of
 from fedjax_llm.experiment.forecast import promised
@@ -97,6 +98,9 @@ def show_results(
     if summary["privacy"] is not None:
         console.print(privacy_table(summary["privacy"]))
     progress.say(f"Run folder: {place}   Report: {place / 'report.html'}")
+    if prepared.experiment.output.encryption is not None:
+        copied = [_interpreter(), "-m", "experiments.decrypt", str(place), "OUT"]
+        progress.say(f"All of it is encrypted. A copy in clear, with the report: {shlex.join(copied)}")
     if (folder / "adapter").is_dir() and prepared.held_out.prompts:
         question = prepared.held_out.prompts[0].text
         progress.say("Ask it: " + shlex.join([_interpreter(), "-m", "experiments.ask", str(place), question]))
@@ -134,6 +138,9 @@ def show_plan(prepared: Prepared, progress: RunProgress, console: Console) -> No
         if experiment.setting == "federated":
             rows += federation_rows(prepared, plan)
     console.print(settings_table(rows))
+    shown = disclosed(prepared, ())
+    if shown is not None:
+        console.print(settings_table(shown["saw"], title="Who sees what"))
     console.print(sites_table(site_counts(prepared)))
     if prepared.plan is not None and prepared.plan.mechanism is not None and prepared.population is not None:
         with progress.phase("Accounting"):
@@ -154,6 +161,9 @@ def federation_rows(prepared: Prepared, plan: RoundPlan) -> list[tuple[str, Any]
     leaves = travelling(message, live)
     size = tree_bytes(leaves) if plan.codec is None else plan.codec.nbytes([leaf for _, leaf in leaves])
     rows: list[tuple[str, Any]] = [("aggregation", in_words(experiment.aggregation))]
+    shown = disclosed(prepared, ())
+    if shown is not None and shown["protocol"] is not None:
+        rows.append(("secure aggregation", shown["protocol"]))
     if experiment.compression is not None:
         rows.append(("compression", in_words(experiment.compression)))
     if experiment.attack is not None:

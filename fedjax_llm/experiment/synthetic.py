@@ -7,7 +7,7 @@ from fedjax_llm import lora as low_rank
 from fedjax_llm.config import Experiment, regime_of
 from fedjax_llm.data.packing import Shape
 from fedjax_llm.data.records import EncodedExample
-from fedjax_llm.experiment.prepare import trainer_of
+from fedjax_llm.experiment.planning import trainer_of
 from fedjax_llm.federation.clients import clients_of
 from fedjax_llm.federation.plan import Execution, Federation, RoundPlan
 from fedjax_llm.federation.rounds import initial_state

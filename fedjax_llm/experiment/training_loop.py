@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from fedjax_llm.config import Experiment
 from fedjax_llm.errors import UserError
 from fedjax_llm.experiment.charging import BudgetSpent, Charge, charge, open_account
 from fedjax_llm.experiment.compilation import CompileClock
@@ -72,7 +73,7 @@ def run_rounds(prepared: Prepared, plan: RoundPlan, loop: Loop, progress: RunPro
         done = int(state.round)
         log = MetricsLog(loop.folder / "metrics.jsonl")
         log.truncate_after(done)
-        with Scalars(loop.folder / "tensorboard", done + 1 if loop.resume else None) as scalars:
+        with Scalars(loop.folder / "tensorboard", done + 1 if loop.resume else None, progress.say) as scalars:
             while done < plan.federation.rounds:
                 try:
                     charged = None if account is None else charge(account, plan, state)
@@ -136,7 +137,15 @@ def _one_round(
         "peak_rss_bytes": environment.peak_rss_bytes(),
     }
     epsilon = None if charged is None else charged.epsilon
-    return state, metrics_line(number, report, validation, epsilon) | {"timing": timing}
+    each = shows_clients(prepared.experiment)
+    return state, metrics_line(number, report, validation, epsilon, each) | {"timing": timing}
+
+
+def shows_clients(experiment: Experiment) -> bool:
+    """Whether metrics hold the figures of every client."""
+    secure = experiment.secure is not None and experiment.setting == "federated"
+    chosen = experiment.output.client_metrics
+    return not secure if chosen is None else chosen
 
 
 def metrics_line(
@@ -144,38 +153,45 @@ def metrics_line(
     report: RoundReport,
     validation: Mapping[str, Any] | None,
     epsilon: Mapping[str, Any] | None = None,
+    each: bool = True,
 ) -> dict[str, Any]:
-    """A round's line of ``metrics.jsonl``, without its timing."""
+    """A round's line of ``metrics.jsonl``, without its timing.
+
+    Args:
+      number: of the round.
+      report: of the round.
+      validation: figures on validation records, where some were due.
+      epsilon: what has been spent.
+      each: whether the line holds every client's figures, and not only its bytes.
+    """
     seen = [(c.loss, c.examples) for c in report.clients if c.included and c.loss is not None]
     losses, examples = zip(*seen, strict=True) if seen else ((), ())
+    told = ("loss", "tokens", "examples", "update_norm") if each else ()
     sites = {
-        client.name: {
-            "loss": client.loss,
-            "tokens": client.tokens,
-            "examples": client.examples,
-            "update_norm": client.update_norm,
-            "download_bytes": client.download_bytes,
-            "upload_bytes": client.upload_bytes,
-        }
+        client.name: {name: getattr(client, name) for name in (*told, "download_bytes", "upload_bytes")}
         | {name: value for name in ("rank", "staleness") if (value := getattr(client, name)) is not None}
         for client in report.clients
     }
-    return {
-        "round": number,
-        "loss": float(np.average(losses, weights=examples)) if seen else None,
-        "cohort": [client.name for client in report.clients],
-        "excluded": [client.name for client in report.clients if not client.included],
-        "sites": sites,
-        "tokens": report.tokens,
-        "padded_tokens": report.padded_tokens,
-        "download_bytes": sum(client.download_bytes for client in report.clients) + report.wasted.download,
-        "upload_bytes": sum(client.upload_bytes for client in report.clients) + report.wasted.upload,
-        "update_norm": report.update_norm,
-        "clip_norm": report.clip_norm,
-        "aggregation_error": report.aggregation_error,
-        "validation": validation,
-        "epsilon": epsilon,
-    } | _availability(report)
+    return (
+        {
+            "round": number,
+            "loss": float(np.average(losses, weights=examples)) if seen else None,
+            "cohort": [client.name for client in report.clients],
+            "excluded": [client.name for client in report.clients if each and not client.included],
+            "sites": sites,
+            "tokens": report.tokens,
+            "padded_tokens": report.padded_tokens,
+            "download_bytes": sum(client.download_bytes for client in report.clients) + report.wasted.download,
+            "upload_bytes": sum(client.upload_bytes for client in report.clients) + report.wasted.upload,
+            "update_norm": report.update_norm,
+            "clip_norm": report.clip_norm,
+            "aggregation_error": report.aggregation_error,
+            "validation": validation,
+            "epsilon": epsilon,
+        }
+        | _availability(report)
+        | ({} if report.secure is None else {"secure": asdict(report.secure)})
+    )
 
 
 def _availability(report: RoundReport) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def weights(plan: RoundPlan, clients: Sequence[Client], slots: int) -> np.ndarra
     """f32 [C]: the clients' weights in the sum; zero in empty slots."""
     found, mechanism = np.zeros(slots, np.float32), plan.mechanism
     for c, client in enumerate(clients):
-        if mechanism is not None and mechanism.noised == "sum":
+        if mechanism is not None and mechanism.noised in ("sum", "shares"):
             found[c] = 1.0 if mechanism.site_weights is None else mechanism.site_weights(len(client.examples))
         else:
             # What is public of a private site's size is its number of units.

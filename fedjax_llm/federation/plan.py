@@ -12,6 +12,9 @@ from fedjax_llm.errors import UserError
 from fedjax_llm.federation.availability import Asynchronous, Availability
 from fedjax_llm.federation.clients import Client
 from fedjax_llm.privacy.mechanism import Mechanism
+from fedjax_llm.secure.ring import Grid
+from fedjax_llm.secure.sec_agg import Terms
+from fedjax_llm.secure.simulation import Identities
 from fedjax_llm.training.client_update import LocalTraining, Trainer
 from fedjax_llm.training.trunk import TrunkCache
 from fedjax_llm.types import Adapters, Aggregation, Setting, Stack
@@ -100,6 +103,22 @@ class Traffic(NamedTuple):
     upload: int
 
 
+class Secure(NamedTuple):
+    """How a run's rounds are aggregated so that the server sees sums only.
+
+    Attributes:
+      terms_of: what a round of so many selected clients agrees on.
+      identities: the clients' signing keys.
+      grid: of messages without a share of noise in them.
+      fresh: whether what clients draw is from the operating system each time, and not from the run's secret key.
+    """
+
+    terms_of: Callable[[int], Terms]
+    identities: Identities
+    grid: Grid
+    fresh: bool
+
+
 class RoundPlan(NamedTuple):
     """All that stays the same from round to round.
 
@@ -124,6 +143,7 @@ class RoundPlan(NamedTuple):
       malicious: which clients do the bidding of ``corrupt``, bool [N]; empty: none.
       corrupt: what malicious clients make of their messages (``adversaries/``); ``None``: nothing.
       measure_error: whether each round measures what averaging the factors loses.
+      secure: aggregation that lets the server see sums only; ``None``: it sees every message.
     """
 
     setting: Setting
@@ -146,6 +166,7 @@ class RoundPlan(NamedTuple):
     malicious: tuple[bool, ...] = ()
     corrupt: Callable[[Stack, Array, Array], Stack] | None = None
     measure_error: bool = True
+    secure: Secure | None = None
 
 
 @dataclass(frozen=True)
@@ -170,6 +191,25 @@ class ClientReport:
 
 
 @dataclass(frozen=True)
+class SecureReport:
+    """What secure aggregation made of a round.
+
+    Attributes:
+      clients: that exchanged keys.
+      survivors: whose messages are in the sum.
+      dropped: the names of the others.
+      cut: numbers of all messages that were larger than the grid allows, and were cut; the server reads their count.
+      abandoned: why nothing was released; ``None`` where the sum was.
+    """
+
+    clients: int
+    survivors: int
+    dropped: tuple[str, ...]
+    cut: int
+    abandoned: str | None
+
+
+@dataclass(frozen=True)
 class RoundReport:
     """What happened in a round.
 
@@ -177,7 +217,8 @@ class RoundReport:
     ``silent`` and ``late`` are the clients that were selected in vain, ``wasted`` the bytes that they took, ``elapsed``
     the simulated time in rounds of a median client (``None`` where all answer at once). ``aggregation_error`` is the
     distance of the server's effective weights from the weighted mean of the clients', relative to what that mean has
-    over the base model (Frobenius norms over all adapted modules); ``None`` where it is not measured.
+    over the base model (Frobenius norms over all adapted modules); ``None`` where it is not measured. ``secure`` is
+    there under secure aggregation.
     """
 
     clients: tuple[ClientReport, ...]
@@ -190,3 +231,4 @@ class RoundReport:
     late: tuple[str, ...] = ()
     wasted: Traffic = Traffic(0, 0)
     elapsed: float | None = None
+    secure: SecureReport | None = None

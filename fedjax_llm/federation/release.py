@@ -240,12 +240,15 @@ def noised_sum(
 ) -> tuple[View | None, dict[str, PyTree]]:
     """The sum with noise added once, over a public constant; and the mechanism's next state.
 
-    Where the sites have added noise themselves the view stays as it is.
+    Where every site has added its share of the noise only the constant is put in its place; where the sites have added
+    noise of their own the view stays as it is.
     """
     mechanism = plan.mechanism
-    if mechanism is None or mechanism.noised != "sum":
+    if mechanism is None or mechanism.noised not in ("sum", "shares"):
         return view, privacy_state
     assert isinstance(view, Sum)
+    if mechanism.noised == "shares":
+        return Sum(view.total, jnp.float32(mechanism.weight)), privacy_state
     assert plan.secret_key is not None
     keys = [secret_round_key(plan.secret_key, number, attempt, purpose) for purpose in ("sum noise", "count noise")]
     state, bound = dict(privacy_state), clip_norm(mechanism, privacy_state)

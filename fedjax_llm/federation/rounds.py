@@ -5,7 +5,6 @@ gradients are clipped and steps are noised in local training, messages and sums 
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -16,12 +15,9 @@ from jax import Array
 
 from fedjax_llm import lora as low_rank
 from fedjax_llm import trees
-from fedjax_llm.data.packing import pack, target_count
-from fedjax_llm.data.records import EncodedExample
-from fedjax_llm.errors import UserError
-from fedjax_llm.federation import effective, release
+from fedjax_llm.data.packing import pack
+from fedjax_llm.federation import effective, release, secured
 from fedjax_llm.federation.availability import Answers
-from fedjax_llm.federation.clients import Client
 from fedjax_llm.federation.cohorts import answers_of, most_of
 from fedjax_llm.federation.communication import in_vain, traffic_of
 from fedjax_llm.federation.local_work import (
@@ -33,8 +29,10 @@ from fedjax_llm.federation.local_work import (
     weights,
     work_of,
 )
-from fedjax_llm.federation.plan import ClientReport, RoundPlan, RoundReport, Traffic
+from fedjax_llm.federation.plan import ClientReport, RoundPlan, RoundReport
+from fedjax_llm.federation.reporting import check_included, client_reports, with_traffic, with_waste
 from fedjax_llm.federation.sampling import round_key, secret_round_key
+from fedjax_llm.federation.secured import Ended
 from fedjax_llm.training import client_update
 from fedjax_llm.training.client_update import LocalState, Secrets
 from fedjax_llm.types import Local, Params, PyTree, RoundState, Stack, Sum, View
@@ -118,6 +116,7 @@ def run_round(plan: RoundPlan, params: Params, state: RoundState, attempt: int =
     view, adapters, client_state = release.nothing(plan, state.adapters), state.adapters, dict(state.client_state)
     reports: list[ClientReport] = []
     padded_tokens, below_clip, ideal = 0, jnp.float32(0), effective.nothing(plan, state.adapters)
+    exchange = secured.begin(plan, state, answers, _message(plan, state), moment.received, moment.live, attempt)
     for first in range(0, len(cohort), slots):
         members = cohort[first : first + slots]
         # Slots that stay empty point past the end: reading clamps, writing drops.
@@ -125,6 +124,8 @@ def run_round(plan: RoundPlan, params: Params, state: RoundState, attempt: int =
         chunk = _run_chunk(plan, moment, state, members, index)
         if plan.setting == "local":
             adapters = trees.put(adapters, index, chunk.adapters)
+        elif exchange is not None:
+            secured.add(exchange, members, chunk.messages, chunk.weights)
         else:
             view = release.join(view, kind, chunk.messages, chunk.weights, len(members))
             ideal = effective.join(plan, ideal, chunk.adapters, chunk.weights)
@@ -133,35 +134,51 @@ def run_round(plan: RoundPlan, params: Params, state: RoundState, attempt: int =
         below_clip += chunk.below_clip
         reports.extend(chunk.reports)
         padded_tokens += chunk.padded_tokens
-    if plan.mechanism is None and len(cohort):
-        _check_included(number, reports)
+    check_included(plan, number, reports)
     view = release.seen(plan, view, cohort, number)
-    served = _served(plan, moment, state, view, below_clip)
+    ended = None if exchange is None else secured.end(exchange)
+    if ended is not None:
+        view, client_state, reports = ended.view, _kept_if(ended, client_state, state), with_traffic(reports, ended)
     after = RoundState(jnp.int32(number), adapters, state.server_state, client_state, state.privacy_state)
-    after = replace(after, **served)
+    after = replace(after, **_served(plan, moment, state, view, below_clip))
     if "started" in client_state:
         client_state["started"] = _started(client_state["started"], answers, state.adapters, after.adapters)
-    clip_norm = None if plan.mechanism is None else float(release.clip_norm(plan.mechanism, state.privacy_state))
     return after, RoundReport(
         clients=tuple(reports),
         tokens=sum(report.tokens for report in reports),
         padded_tokens=padded_tokens,
         update_norm=_distance(after.adapters, state.adapters),
-        clip_norm=clip_norm,
+        clip_norm=None if plan.mechanism is None else float(release.clip_norm(plan.mechanism, state.privacy_state)),
         aggregation_error=effective.error(plan, ideal, state, after),
-        **_in_vain(plan, state, moment, answers),
+        secure=None if ended is None else ended.report,
+        **_in_vain(plan, state, moment, answers, ended),
     )
 
 
-def _in_vain(plan: RoundPlan, state: RoundState, moment: _Moment, answers: Answers) -> dict[str, Any]:
+def _kept_if(ended: Ended, client_state: dict[str, PyTree], before: RoundState) -> dict[str, PyTree]:
+    """What clients keep of a round; if it was abandoned, as if it had not been, but for noise, which was drawn."""
+    if ended.view is not None:
+        return client_state
+    return before.client_state | {name: kept for name, kept in client_state.items() if name == "noise"}
+
+
+def _message(plan: RoundPlan, state: RoundState) -> PyTree:
+    """Zeros like one client's message."""
+    own = jax.tree.map(lambda leaf: leaf[0], state.client_state.get("personal", {}))
+    return release.template(plan, low_rank.join(state.adapters, own))
+
+
+def _in_vain(
+    plan: RoundPlan, state: RoundState, moment: _Moment, answers: Answers, ended: Ended | None
+) -> dict[str, Any]:
     """What a report says of clients that were selected in vain; nothing where all answer at once."""
     federation = plan.federation
     if plan.setting != "federated" or (federation.availability is None and federation.asynchronous is None):
         return {}
-    own = jax.tree.map(lambda leaf: leaf[0], state.client_state.get("personal", {}))
-    message = release.template(plan, low_rank.join(state.adapters, own))
+    message = _message(plan, state)
     ranks = np.asarray(state.client_state.get("rank", ())).tolist()
-    return in_vain(plan, state.adapters, moment.received, message, moment.live, ranks, answers)
+    found = in_vain(plan, state.adapters, moment.received, message, moment.live, ranks, answers)
+    return found if ended is None else found | {"wasted": with_waste(found["wasted"], ended)}
 
 
 def _started(started: PyTree, answers: Answers, before: PyTree, after: PyTree) -> PyTree:
@@ -183,16 +200,6 @@ def _moment(plan: RoundPlan, params: Params, state: RoundState, answers: Answers
         live=None if algorithm.live is None else algorithm.live(number),
         staleness=dict(ages),
     )
-
-
-def _check_included(number: int, reports: Sequence[ClientReport]) -> None:
-    """Refuses a round that nobody's update is left of."""
-    if not any(report.included for report in reports):
-        raise UserError(
-            f"round {number}: not one client came back with a finite update (losses: "
-            + ", ".join(f"{report.name} {report.loss:.3g}" for report in reports)
-            + "); lower training.optimizer.learning_rate"
-        )
 
 
 def _served(
@@ -258,7 +265,7 @@ def _run_chunk(plan: RoundPlan, moment: _Moment, state: RoundState, members: np.
         messages=messages,
         weights=updates.weights,
         below_clip=updates.below_clip,
-        reports=_reports(plan, traffic, clients, work, ended.loss, updates, ranks, staleness),
+        reports=client_reports(plan, traffic, clients, work, ended.loss, updates, ranks, staleness),
         padded_tokens=sum(batch.tokens.size for batch in batches),
     )
 
@@ -326,41 +333,6 @@ def _secrets(plan: RoundPlan, ids: Array, index: Array, number: int, attempt: in
     if plan.mechanism is None or plan.mechanism.noised != "steps":
         return None
     return Secrets(*release.site_noise(plan, ids, index, number, attempt))
-
-
-def _reports(
-    plan: RoundPlan,
-    traffic: Sequence[Traffic],
-    clients: Sequence[Client],
-    work: Sequence[Work],
-    losses: Array,
-    updates: release.Updates,
-    ranks: np.ndarray,
-    staleness: np.ndarray,
-) -> tuple[ClientReport, ...]:
-    """What each client did."""
-    per_token = plan.local.normalise == "token"
-    sums, norms, finite = (np.asarray(array) for array in (losses, updates.norms, updates.finite))
-    reports = []
-    for c, (client, steps) in enumerate(zip(clients, work, strict=True)):
-        units = [unit if isinstance(unit, tuple) else (unit,) for step in steps for unit in step]
-        seen: list[EncodedExample] = [example for unit in units for example in unit]
-        count = sum(map(target_count, seen)) if per_token else len(units)
-        reports.append(
-            ClientReport(
-                name=client.name,
-                loss=float(sums[c]) / count if count else None,
-                tokens=sum(len(example.tokens) for example in seen),
-                examples=len(seen),
-                update_norm=float(norms[c]),
-                included=bool(finite[c]),
-                download_bytes=traffic[c].download,
-                upload_bytes=traffic[c].upload,
-                rank=int(ranks[c]) if plan.ranks else None,
-                staleness=None if plan.federation.asynchronous is None else int(staleness[c]),
-            )
-        )
-    return tuple(reports)
 
 
 _aggregate = jax.jit(lambda update, view, state, adapters: update(view, state, adapters), static_argnums=0)

@@ -12,7 +12,7 @@ from jax import Array
 from fedjax_llm.data.records import EncodedExample
 from fedjax_llm.privacy import noise
 
-_PURPOSES = ("cohort", "order", "dropout", "compression", "attack", "availability")
+_PURPOSES = ("cohort", "order", "dropout", "compression", "attack", "availability", "rotation")
 
 
 def round_key(key: Array, round_number: int, purpose: str) -> Array:
@@ -21,7 +21,7 @@ def round_key(key: Array, round_number: int, purpose: str) -> Array:
     return keys[_PURPOSES.index(purpose)]
 
 
-_SECRETS = ("cohort", "units", "site noise", "sum noise", "count noise", "dropout")
+_SECRETS = ("cohort", "units", "site noise", "sum noise", "count noise", "dropout", "rounding")
 
 
 def secret_round_key(key: Array, round_number: int, attempt: int, purpose: str) -> Array:

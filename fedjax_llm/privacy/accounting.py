@@ -3,6 +3,9 @@
 Every figure is an upper bound for adding or removing one unit (record, patient or site) of the account that the events
 were charged to. REPLACE_ONE is never used: dp_accounting's PLD accountant doubles the sensitivity for it and its RDP
 accountant does not, so that one noise multiplier would mean two things.
+
+Integer noise (``privacy/lattice.py``) has no privacy loss distribution: compositions that hold some go by Rényi
+divergences whatever accountant is asked for.
 """
 
 import functools
@@ -10,11 +13,16 @@ import logging
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
+import numpy as np
+
 from fedjax_llm.errors import UserError, nearest
+from fedjax_llm.privacy import lattice
 from fedjax_llm.privacy.disk_cache import remembered
-from fedjax_llm.privacy.events import Event, Kind, merge
+from fedjax_llm.privacy.events import LATTICE, Event, merge
+from fedjax_llm.privacy.gaussian_releases import Release, checked, dp_event, releases_of
 
 # dp_accounting (scipy) takes seconds to import: runs without privacy, and figures from the cache, do without.
 if TYPE_CHECKING:
@@ -43,43 +51,6 @@ class Guarantee(NamedTuple):
     accountant: Method
 
 
-class Release(NamedTuple):
-    """``count`` releases with independent Gaussian noise, each of a fresh sample: what every kind comes down to."""
-
-    noise_multiplier: float
-    sampling_probability: float
-    count: int
-
-
-def releases_of(events: Sequence[Event]) -> tuple[Release, ...]:
-    """The events as sampled Gaussian releases, in an order that does not depend on theirs.
-
-    Equal events are merged first, so the steps of a matrix mechanism may be charged one by one: ``bands`` steps of a
-    banded one are one release (the last, incomplete, band counts whole), all steps of an unamplified one are one.
-
-    Raises:
-      UserError: an event has an impossible value.
-    """
-    counts: dict[tuple[float, float], int] = {}
-    # Merged steps of several sites would share an incomplete band, or one matrix release, and cost too little. They do
-    # not meet here: participation.correlate refuses correlated noise where owners are at several sites, so that an
-    # account of several names has gaussian events alone.
-    for event in merge(_checked(event) for event in events):
-        count = {"gaussian": event.count, "banded": -(-event.count // event.bands), "matrix": min(event.count, 1)}
-        alike = (float(event.noise_multiplier), 1.0 if event.kind == "matrix" else float(event.sampling_probability))
-        counts[alike] = counts.get(alike, 0) + count[event.kind]
-    return tuple(Release(*alike, count) for alike, count in sorted(counts.items()) if count)
-
-
-def to_dp_event(events: Sequence[Event]) -> "dp_accounting.DpEvent":
-    """The composition of the events of one account, in dp_accounting's words.
-
-    Raises:
-      UserError: an event has an impossible value.
-    """
-    return _dp_event(releases_of(events))
-
-
 def epsilon(events: Sequence[Event], delta: float, accountant: Accountant = "pld") -> float:
     """The epsilon of :func:`guarantee`: 0 for no events, infinite where something is released without noise."""
     return guarantee(events, delta, accountant).epsilon
@@ -91,7 +62,7 @@ def guarantee(events: Sequence[Event], delta: float, accountant: Accountant = "p
     ``pld`` composes privacy loss distributions; where nothing is sampled the closed form is exact and takes its place,
     and where PLD has no answer (a delta near its rounding error, memory) RDP or the closed form without amplification
     does, whichever is smaller. ``rdp`` gives the (larger) figure of Rényi accounting, or the closed form where it has
-    no answer.
+    no answer. Where noise is of integers both are ``rdp``, and so is what the answer says.
 
     Args:
       events: of one account, in any order.
@@ -103,6 +74,8 @@ def guarantee(events: Sequence[Event], delta: float, accountant: Accountant = "p
       UserError: an impossible event or delta, or an unknown accountant.
     """
     check_probability("delta", delta)
+    if lattice.holds(events):
+        return Guarantee(_of_integers("epsilon", events, delta, accountant, keep), delta, "rdp")
     releases = releases_of(events)
     asked: Mapping[Method, Callable[[], float]] = {
         "pld": lambda: _pld_epsilon(releases, delta),
@@ -126,6 +99,8 @@ def delta_of(events: Sequence[Event], epsilon: float, accountant: Accountant = "
     """
     if not 0 <= epsilon < math.inf:
         raise UserError(f"epsilon is {epsilon}; it must be finite and not negative")
+    if lattice.holds(events):
+        return _of_integers("delta", events, epsilon, accountant, keep=True)
     releases = releases_of(events)
     asked: Mapping[Method, Callable[[], float]] = {
         "pld": lambda: _pld_delta(releases, epsilon),
@@ -176,22 +151,6 @@ def check_accountant(accountant: str) -> None:
         raise UserError(f"unknown accountant {accountant!r}{nearest(accountant, get_args(Accountant))}")
 
 
-def _checked(event: Event) -> Event:
-    """The event, if its values are possible."""
-    wrong = None
-    if event.kind not in get_args(Kind):
-        wrong = f"its kind is {event.kind!r}{nearest(event.kind, get_args(Kind))}"
-    elif not 0 <= event.noise_multiplier < math.inf:
-        wrong = f"its noise multiplier is {event.noise_multiplier}; it must be finite and not negative"
-    elif not 0 < event.sampling_probability <= 1:
-        wrong = f"its sampling probability is {event.sampling_probability}; it must be in (0, 1]"
-    elif event.count < 0 or event.bands < 1:
-        wrong = f"its count is {event.count} (at least 0) and its bands {event.bands} (at least 1)"
-    if wrong:
-        raise UserError(f"an event cannot be accounted for: {wrong}")
-    return event
-
-
 def _answer(
     question: str,
     releases: tuple[Release, ...],
@@ -223,21 +182,29 @@ def _answer(
     return value, method
 
 
-def _dp_event(releases: Sequence[Release]) -> "dp_accounting.DpEvent":
-    """See :func:`to_dp_event`."""
-    import dp_accounting
+def _of_integers(
+    question: Literal["epsilon", "delta"], events: Sequence[Event], given: float, accountant: Accountant, keep: bool
+) -> float:
+    """Epsilon at a delta, or delta at an epsilon, of a composition with integer noise in it."""
+    check_accountant(accountant)
+    events = merge(checked(event) for event in events)
 
-    events: list[dp_accounting.DpEvent] = []
-    for noise_multiplier, probability, count in releases:
-        event: dp_accounting.DpEvent = dp_accounting.NonPrivateDpEvent()
-        if noise_multiplier > 0:
-            event = dp_accounting.GaussianDpEvent(noise_multiplier)
-            if probability < 1:
-                event = dp_accounting.PoissonSampledDpEvent(probability, event)
-        events.append(dp_accounting.SelfComposedDpEvent(event, count) if count > 1 else event)
-    if len(events) == 1:
-        return events[0]
-    return dp_accounting.ComposedDpEvent(events) if events else dp_accounting.NoOpDpEvent()
+    def compute() -> float:
+        from dp_accounting.rdp import rdp_privacy_accountant as rdp
+
+        answer = rdp.compute_epsilon if question == "epsilon" else rdp.compute_delta
+        return float(answer(lattice.ORDERS.tolist(), _divergences(events).tolist(), given)[0])
+
+    # In an order that does not depend on theirs.
+    inputs = {"events": sorted((asdict(event) for event in events), key=repr), "given": given}
+    return remembered(f"{question} with integers", inputs, compute) if keep else compute()
+
+
+def _divergences(events: Sequence[Event]) -> np.ndarray:
+    """Rényi divergences of the composition at the integer orders of ``lattice.ORDERS``."""
+    total = sum((lattice.renyi(event) for event in events if event.kind in LATTICE), np.zeros(len(lattice.ORDERS)))
+    others = releases_of([event for event in events if event.kind not in LATTICE])
+    return total + _rdp_accountant(others, lattice.ORDERS).rdp if others else total
 
 
 def _pld_epsilon(releases: tuple[Release, ...], delta: float) -> float:
@@ -319,15 +286,15 @@ def _interval(releases: tuple[Release, ...]) -> float:
     return 2.0 ** math.floor(math.log2(interval))
 
 
-def _rdp_accountant(releases: tuple[Release, ...]) -> "dp_accounting.PrivacyAccountant":
+def _rdp_accountant(releases: tuple[Release, ...], orders: Any = None) -> "dp_accounting.PrivacyAccountant":
     """A Rényi accountant that holds the releases. Keywords: its arguments are not in the order of PLD's."""
     import dp_accounting
 
     accountant = dp_accounting.rdp.RdpAccountant(
-        neighboring_relation=dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
+        orders=orders, neighboring_relation=dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
     )
     with _quiet():
-        return accountant.compose(_dp_event(releases))
+        return accountant.compose(dp_event(releases))
 
 
 @contextmanager

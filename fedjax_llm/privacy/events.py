@@ -4,7 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Kind = Literal["gaussian", "banded", "matrix"]
+Kind = Literal["gaussian", "banded", "matrix", "discrete gaussian", "skellam"]
+LATTICE = ("discrete gaussian", "skellam")
+"""Kinds whose noise is a sum of integer shares (``privacy/lattice.py``)."""
 
 
 @dataclass(frozen=True)
@@ -16,11 +18,17 @@ class Event:
         ``banded``: ``count`` steps of a banded matrix mechanism with cyclic Poisson sampling (Choquette-Choo et al.
         2023, arXiv 2306.08153): every ``bands`` steps cost one sampled Gaussian release;
         ``matrix``: steps of a matrix mechanism without amplification, which as a whole is one Gaussian release,
-        charged in full with its first step.
+        charged in full with its first step;
+        ``discrete gaussian``, ``skellam``: as ``gaussian``, but what is released are integers, and the noise is the sum
+        of ``summands`` independent shares of that distribution.
       noise_multiplier: standard deviation of the noise over the sensitivity to adding or removing one unit.
       sampling_probability: with which a unit takes part in a release; 1 where there is no (secret) sampling.
       count: how many releases (steps).
       bands: of a ``banded`` mechanism.
+      summands: shares that the noise is the sum of.
+      sensitivity: the L2 norm, in integers, of what one unit changes: shares have standard deviation
+        ``noise_multiplier * sensitivity / sqrt(summands)``.
+      values: integers in a release.
     """
 
     kind: Kind
@@ -28,6 +36,9 @@ class Event:
     sampling_probability: float = 1.0
     count: int = 1
     bands: int = 1
+    summands: int = 0
+    sensitivity: float = 0.0
+    values: int = 0
 
 
 def merge(events: Iterable[Event]) -> tuple[Event, ...]:

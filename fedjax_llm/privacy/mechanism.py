@@ -49,6 +49,10 @@ class Regime(NamedTuple):
       attacked: whether malicious clients make messages of what they see of others'.
       poisoned: whether malicious sites move text between their records.
       own: whether each client trains adapters of its own besides the shared ones.
+      values: how many numbers a message holds; 0 while the model is not known.
+      secure: whether messages are added up under secure aggregation.
+      survivors: the least number of clients in a secure sum; with fewer, there is none.
+      colluders: how many parties may pool what they know, their own shares of the noise too, with the server.
     """
 
     setting: Setting
@@ -78,6 +82,10 @@ class Regime(NamedTuple):
     personal: bool = False
     attacked: bool = False
     poisoned: bool = False
+    values: int = 0
+    secure: bool = False
+    survivors: int = 0
+    colluders: int = 0
 
 
 class Population(NamedTuple):
@@ -132,6 +140,30 @@ class AdaptiveClip:
     count_noise: float | None = None
 
 
+class Shares(NamedTuple):
+    """Integer noise, split among the sites, under a secure sum modulo a power of two.
+
+    Attributes:
+      kind: how a share is distributed.
+      bits: the sum is modulo ``2 ** bits``.
+      scale: s: integers a unit of the message; a power of two.
+      bound: D2: the L2 norm, in integers, of what one unit changes in the sum.
+      clip_norm: c, of a whole message (``conditional``), or of one unit's gradient in it.
+      conditional: a site's whole message is the unit: it is rounded again until its norm is within ``bound``.
+      stddev: of one site's share, in integers. As many shares as are sure to be there, and secret, are enough.
+      draw: (32-byte key, size) -> int64 [size], the share of one site. A key is used once.
+    """
+
+    kind: Literal["discrete gaussian", "skellam"]
+    bits: int
+    scale: float
+    bound: float
+    clip_norm: float
+    conditional: bool
+    stddev: float
+    draw: Callable[[bytes, int], np.ndarray]
+
+
 class Mechanism(NamedTuple):
     """What the rounds do, so that the events say exactly what is released.
 
@@ -141,10 +173,12 @@ class Mechanism(NamedTuple):
       clip: the clip norm, and whether it is over all adapters or split over layers.
       clipped: what is clipped: every unit's ``gradients`` in each local step, or every site's ``deltas`` of a round.
       noised: where noise comes in: every site adds it to the summed gradients of each of its ``steps``, or to its
-        ``deltas``; or it is added once to the ``sum`` over the sites.
+        ``deltas``; or it is added once to the ``sum`` over the sites; or every site adds one of the ``shares``, in
+        integers, of which the sum alone is seen.
       stddev: f64 [N]: the standard deviation of the noise that a site adds, over the clip norm (all equal where it is
-        added to the sum). With ``correlated``, of the independent noise before it is mixed.
-      weight: public constant that the noised sum over the sites is divided by (``noised == "sum"``); else 0.
+        added to the sum). With ``correlated``, of the independent noise before it is mixed. With ``shares``, for
+        display: of the noise that is sure to be in the sum.
+      weight: public constant that the noised sum over the sites is divided by (``sum`` and ``shares``); else 0.
       denominators: f64 [N]: public constants that a site's summed gradients are divided by.
       sampling: f64 [N]: with which probability a unit takes part in a local step; ``None`` where units are not sampled.
       examples_per_unit: at most so many examples of a sampled unit, chosen at random, make up its gradient.
@@ -156,13 +190,14 @@ class Mechanism(NamedTuple):
       events: account -> what one round releases about it, if it takes part.
       adversary: who the guarantee holds against, as a sentence.
       assumptions: what it rests on, as sentences.
+      shares: how messages become integers with noise (``noised == "shares"``).
     """
 
     name: str
     unit: Unit
     clip: Clip
     clipped: Literal["gradients", "deltas"]
-    noised: Literal["steps", "deltas", "sum"]
+    noised: Literal["steps", "deltas", "sum", "shares"]
     stddev: np.ndarray
     weight: float
     denominators: np.ndarray
@@ -175,6 +210,7 @@ class Mechanism(NamedTuple):
     events: Mapping[str, Event]
     adversary: str
     assumptions: tuple[str, ...]
+    shares: Shares | None = None
 
 
 class MechanismConfig(Protocol):

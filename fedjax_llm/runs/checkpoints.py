@@ -4,6 +4,9 @@ A checkpoint is the folder ``<step>`` with two orbax items: ``state``, the leave
 and ``manifest``, JSON with the leaves' paths, dtypes and shapes, the caller's ``extra``, the metric, and a SHA-256 over
 all of it. Orbax writes into a temporary folder and renames it, so a killed save leaves no half checkpoint; the digest
 finds what happens to the files afterwards.
+
+In an encrypted run orbax gets every leaf as an envelope in a ``uint8`` array, bound to the step, the leaf's path, dtype
+and shape, and the whole manifest, which is in clear; the digest is then of the envelopes.
 """
 
 import hashlib
@@ -18,6 +21,7 @@ import jax
 import numpy as np
 
 from fedjax_llm.errors import UserError
+from fedjax_llm.runs.encryption import Vault, vault_of
 
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _KEY = "key:"  # dtype of a typed PRNG key in the manifest: "key:threefry2x32", its data is uint32
@@ -44,6 +48,7 @@ class Checkpoints:
         self._keep_last, self._keep_best, self._warn = keep_last, keep_best, warn
         self._checkpointer: Any = None  # made at first use: importing orbax takes a second
         self._saving: int | None = None
+        self._vault = vault_of(self._folder)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -80,6 +85,8 @@ class Checkpoints:
         arrays, leaves = _to_host(state)
         metric = None if best_metric is None or np.isnan(best_metric) else float(best_metric)
         manifest: dict[str, Any] = {"leaves": leaves, "extra": dict(extra), "best_metric": metric}
+        if self._vault is not None:
+            arrays = _sealed(self._vault, step, manifest, arrays)
         manifest["sha256"] = _digest(manifest, arrays)
         # Orbax refuses arrays without elements; their shapes are in the manifest.
         stored = {name: array for name, array in arrays.items() if array.size} or {"empty": np.zeros(1, np.uint8)}
@@ -209,7 +216,7 @@ class Checkpoints:
             empty = {
                 f"{place:06d}": np.zeros(shape, np.uint32 if dtype.startswith(_KEY) else dtype)
                 for place, (_, dtype, shape) in enumerate(manifest["leaves"])
-                if 0 in shape
+                if 0 in shape and self._vault is None
             }
             names = [f"{place:06d}" for place in range(len(manifest["leaves"]))]
             stored = [name for name in names if name not in empty]
@@ -219,6 +226,8 @@ class Checkpoints:
             arrays = {name: empty[name] if name in empty else read[name] for name in names}
             expected = manifest.pop("sha256")
             intact = _digest(manifest, arrays) == expected
+            if intact and self._vault is not None:
+                arrays = _unsealed(self._vault, step, manifest, arrays)
         except Exception as error:  # whatever damaged files make of orbax, tensorstore or json
             return " ".join(f"{type(error).__name__}: {error}".split())[:200]
         return (arrays, manifest) if intact else "its content does not match its digest"
@@ -284,6 +293,34 @@ def _signature(tree: Any) -> list[list[Any]]:
             dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
             rows.append([jax.tree_util.keystr(path), str(dtype), list(np.shape(leaf))])
     return rows
+
+
+def _sealed(
+    vault: Vault, step: int, manifest: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The leaves as envelopes."""
+    sealed = {}
+    for (name, array), about in zip(arrays.items(), _bound_to(manifest), strict=True):
+        sealed[name] = np.frombuffer(vault.seal(array.tobytes(), f"checkpoints/{step}", about), np.uint8)
+    return sealed
+
+
+def _unsealed(
+    vault: Vault, step: int, manifest: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The leaves that :func:`_sealed` was given."""
+    opened, leaves = {}, manifest["leaves"]
+    for (name, array), (_, dtype, shape), about in zip(arrays.items(), leaves, _bound_to(manifest), strict=True):
+        kind = np.dtype(np.uint32 if dtype.startswith(_KEY) else dtype)
+        data = vault.unseal(array.tobytes(), f"checkpoints/{step}", about)
+        opened[name] = np.frombuffer(data, kind).reshape(shape).copy()
+    return opened
+
+
+def _bound_to(manifest: Mapping[str, Any]) -> list[str]:
+    """What the envelope of each leaf is bound to besides the step: its path, dtype and shape, and the manifest."""
+    whole = _digest(manifest, {})
+    return [json.dumps([place, leaf, whole]) for place, leaf in enumerate(manifest["leaves"])]
 
 
 def _digest(manifest: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:

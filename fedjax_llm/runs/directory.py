@@ -13,13 +13,14 @@ from typing import Any
 import filelock
 
 from fedjax_llm.errors import UserError
+from fedjax_llm.runs import encryption, keys
 
 CONFIG = "config.json"
 _LOCK = ".lock"
 
 
 def create(path: str | Path, config: Mapping[str, Any]) -> Path:
-    """Makes the folder of a new run and writes ``config.json`` into it.
+    """Makes the folder of a new run and writes ``config.json`` into it, and ``encryption.json`` if it is encrypted.
 
     Args:
       path: absent, or an empty folder.
@@ -29,9 +30,11 @@ def create(path: str | Path, config: Mapping[str, Any]) -> Path:
       The folder, absolute.
 
     Raises:
-      UserError: the folder holds another run or other files, or cannot be written.
+      UserError: the folder holds another run or other files, or cannot be written, or the key of encryption is missing.
     """
     folder = Path(path).absolute()
+    how = keys.of_config(config)
+    identity = None if how is None else encryption.new_identity(how, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -41,10 +44,13 @@ def create(path: str | Path, config: Mapping[str, Any]) -> Path:
             raise UserError(
                 f"{folder} holds another run; choose another folder with --out, or continue that run with --resume"
             )
-        others = sorted(entry.name for entry in folder.iterdir() if entry.name != _LOCK)
+        others = sorted(entry.name for entry in folder.iterdir() if entry.name not in (_LOCK, encryption.IDENTITY))
         if others:
             shown = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
             raise UserError(f"{folder} is not empty (it holds {shown}) and is not a run; choose another folder")
+        (folder / encryption.IDENTITY).unlink(missing_ok=True)  # left by a start that was killed here
+        if identity is not None:
+            write_json(folder / encryption.IDENTITY, identity)
         write_json(folder / CONFIG, config)
     return folder
 
@@ -63,13 +69,20 @@ def reopen(path: str | Path, config: Mapping[str, Any], may_change: Sequence[str
       The folder, absolute.
 
     Raises:
-      UserError: there is no run, its ``config.json`` cannot be read, or other settings differ (they are listed).
+      UserError: there is no run, its ``config.json`` cannot be read, other settings differ (they are listed), one is
+        encrypted and the other is not, or the key of an encrypted run is missing or another.
     """
     folder = Path(path).absolute()
     if not (folder / CONFIG).exists():
         raise UserError(f"there is no run to resume in {folder} (no {CONFIG}); leave out --resume to start one")
     before = read_json(folder / CONFIG)
     now = _plain(config)
+    if (keys.of_config(before) is None) != (keys.of_config(now) is None):
+        way = "without" if keys.of_config(before) is None else "with"
+        raise UserError(
+            f"the run in {folder} was started {way} output.encryption; go on with it {way}, or start a new run in "
+            "another folder: part of the files would be in clear"
+        )
     changed = differences(before, now, may_change)
     if changed:
         listed = "\n".join("  " + line for line in changed)
@@ -77,6 +90,7 @@ def reopen(path: str | Path, config: Mapping[str, Any], may_change: Sequence[str
             f"the run in {folder} was started with other settings:\n{listed}\n"
             "resume it with the settings that it was started with, or start a new run in another folder"
         )
+    encryption.vault_of(folder)  # a key that does not fit is told before anything is touched
     if before != now:
         with locked(folder):
             write_json(folder / CONFIG, now)
@@ -121,7 +135,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file whole or not at all (a temporary file beside it, synced, renamed).
+    """Writes a JSON file whole or not at all (a temporary file beside it, synced, renamed), sealed in an encrypted run.
 
     Raises:
       UserError: the disk is full or the file cannot be written; what stood there before stays.
@@ -131,7 +145,16 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 file whole or not at all.
+    """Writes a UTF-8 file whole or not at all, sealed in an encrypted run.
+
+    Raises:
+      UserError: the disk is full or the file cannot be written; what stood there before stays.
+    """
+    write_bytes(path, encryption.seal(path, text.encode("utf-8")))
+
+
+def write_bytes(path: Path, data: bytes | bytearray) -> None:
+    """Writes a file whole or not at all, as it is.
 
     Raises:
       UserError: the disk is full or the file cannot be written; what stood there before stays.
@@ -139,8 +162,8 @@ def write_text(path: Path, text: str) -> None:
     temporary: str | None = None
     try:
         handle, temporary = tempfile.mkstemp(prefix=path.name + ".", suffix=".tmp", dir=path.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp gives 0600; others may read a run
@@ -156,13 +179,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file of a run.
+    """Reads a JSON file of a run, encrypted or not.
 
     Raises:
-      UserError: it is missing or is not JSON.
+      UserError: it is missing or is not JSON, or as for :func:`~fedjax_llm.runs.encryption.read`.
     """
     try:
-        return json.loads(path.read_text("utf-8"))
+        return json.loads(encryption.read(path).decode("utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; is {path.parent} the folder of a run that has ended?") from error
     except (OSError, ValueError) as error:

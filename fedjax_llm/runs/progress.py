@@ -101,6 +101,9 @@ class RunProgress:
             news.append(f"held-out {_number(line['validation']['nll'])}")
         if line.get("excluded"):
             news.append(f"left out: {', '.join(line['excluded'])}")
+        if line.get("secure"):
+            note += f"  server saw {_sum_seen(line['secure'])}"
+            news += _secure_news(line["secure"], charged=line.get("epsilon") is not None)
         if not self._console.is_terminal:
             self.say("  ".join([f"round {self._completed}/{self._total}", note, privacy, *news, left]))
             return
@@ -232,6 +235,24 @@ def byte_size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} PB"
+
+
+def _sum_seen(secure: Mapping[str, Any]) -> str:
+    """What a round under secure aggregation showed the server."""
+    return "nothing" if secure["abandoned"] else f"one sum of {secure['survivors']}"
+
+
+def _secure_news(secure: Mapping[str, Any], charged: bool) -> list[str]:
+    """What is worth a line of a round under secure aggregation."""
+    news = []
+    if secure["abandoned"]:
+        stays = "; what it would have released stays charged" if charged else ""
+        news.append(f"abandoned, nothing was released: {secure['abandoned']}{stays}")
+    elif secure["dropped"]:
+        news.append(f"recovered without {', '.join(secure['dropped'])}")
+    if secure["cut"]:
+        news.append(f"{secure['cut']:,} numbers were larger than secure.bound and were cut; raise it")
+    return news
 
 
 def _table(title: str) -> Table:

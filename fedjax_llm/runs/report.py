@@ -103,6 +103,7 @@ def _content(run: Mapping[str, Any]) -> dict[str, Any]:
         "generations": evaluation.get("generations", []),
         "excluded": sum(len(line.get("excluded", ())) for line in lines),
         "privacy": _privacy(summary["privacy"]) if summary["privacy"] else None,
+        "secure": summary.get("secure"),
         "facts": _facts(run),
         "config": json.dumps(run["config"], indent=2, ensure_ascii=False),
         "environment": json.dumps(run["environment"], indent=2, ensure_ascii=False),

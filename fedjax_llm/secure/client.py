@@ -121,13 +121,27 @@ def share(client: Client, data: bytes) -> tuple[Client, bytes]:
     if len(holders) < terms.threshold or len(roster.names) < terms.survivors:
         raise ProtocolError(SERVER, f"it goes on with {len(roster.names)} clients, too few to open anything")
     seeds, keys = (sharing.dealt(secret, terms.threshold, len(holders)) for secret in (client.seed, client.mask_secret))
-    boxes, lock = [], primitives.private_key(client.cipher_secret, "cipher")
-    for index, (holder, seed, key) in enumerate(zip(holders, seeds, keys, strict=True), 1):
-        box = primitives.sealed(_lock(client, lock, place, holder), seed + key, _about(client, place, holder))
-        commitments = [commitment(client.meeting, roster, place, kind, index, own) for kind, own in _kinds(seed, key)]
-        boxes.append([holder, box, *commitments])
+    lock = primitives.private_key(client.cipher_secret, "cipher")
+    boxes = [boxed(client, lock, *one) for one in zip(holders, seeds, keys, strict=True)]
     own = commitment(client.meeting, roster, place, "seed", 0, client.seed)
     return client, encode("ShareKeys", client.meeting, client.name, own, boxes)
+
+
+def boxed(client: Client, lock: X25519PrivateKey, holder: int, seed: bytes, key: bytes) -> list[Any]:
+    """A holder's shares of both secrets, sealed for it, with the commitments to them.
+
+    Args:
+      client: the dealer.
+      lock: its private key for sealing shares.
+      holder: the holder's place.
+      seed: share of the seed.
+      key: share of what the mask key is derived from.
+    """
+    meeting, roster, place = client.meeting, client.roster, client.place
+    assert roster is not None
+    box = primitives.sealed(_lock(client, lock, place, holder), seed + key, _about(client, place, holder))
+    index = roster.holders(place).index(holder) + 1
+    return [holder, box, *(commitment(meeting, roster, place, kind, index, own) for kind, own in _kinds(seed, key))]
 
 
 def mask(

@@ -124,7 +124,7 @@ def centred(values: np.ndarray, bits: int) -> np.ndarray:
     return ((values.astype(np.int64) + half) & ((1 << bits) - 1)) - half
 
 
-def error_bound(on: Grid, clients: int, weight: float) -> float:
+def error_bound(on: Grid, clients: int, weight: float, largest: float | None = None) -> float:
     """How far a number of the weighted mean can be from that of the (cut) messages in exact arithmetic.
 
     Every client's rounding adds a half of a step, and its product in f32 a part in 2^24 of itself; reading the sum as
@@ -134,10 +134,12 @@ def error_bound(on: Grid, clients: int, weight: float) -> float:
       on: the grid.
       clients: in the sum.
       weight: that their weights add up to, above zero.
+      largest: absolute value of any number; ``None``: the grid's bound.
     """
+    largest = on.bound if largest is None else min(largest, on.bound)
     rounding = clients / (2 * on.scale * weight)
-    weights = clients * on.bound / (2 * on.weight_scale * weight)
-    return rounding + weights + 4 * on.bound * 2**-24
+    weights = clients * largest / (2 * on.weight_scale * weight)
+    return rounding + weights + 4 * largest * 2**-24
 
 
 def _namespace(array: Any) -> Any:

@@ -91,7 +91,7 @@ def open_round(
     for name in sorted(set(names).difference(drop.get("AdvertiseKeys", ()))):
         state, data = clients.advertise(meeting, name, own.keys[name], own.directory, model)
         started.clients[name] = state
-        _send(started, name, data)
+        deliver(started, name, data)
     _close(started)
     _answer(started, clients.share, drop.get("ShareKeys", ()))
     return started
@@ -108,7 +108,7 @@ def submit(session: Session, name: str, vector: np.ndarray) -> Session:
     if name in session.inbox:
         data = session.inbox.pop(name)
         session.clients[name], answer = clients.mask(session.clients[name], data, vector, session.masks)
-        _send(session, name, answer)
+        deliver(session, name, answer)
     return session
 
 
@@ -164,11 +164,11 @@ def _answer(session: Session, stage, drop: Collection[str]) -> None:
         del session.inbox[name]
         if name not in drop:
             session.clients[name], answer = stage(session.clients[name], data)
-            _send(session, name, answer)
+            deliver(session, name, answer)
     _close(session)
 
 
-def _send(session: Session, name: str, data: bytes) -> None:
+def deliver(session: Session, name: str, data: bytes) -> None:
     """A message to the server."""
     received, sent = session.traffic[name]
     session.traffic[name] = (received, sent + len(data))

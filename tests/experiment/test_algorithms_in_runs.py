@@ -29,7 +29,8 @@ from fedjax_llm.compression.top_k import TopK
 from fedjax_llm.errors import UserError
 from fedjax_llm.evaluation.evaluate import validate
 from fedjax_llm.experiment import training_loop
-from fedjax_llm.experiment.prepare import malicious_sites, prepare
+from fedjax_llm.experiment.planning import malicious_sites
+from fedjax_llm.experiment.prepare import prepare
 from fedjax_llm.federation.availability import Asynchronous, Availability
 from fedjax_llm.federation.plan import Federation
 from fedjax_llm.lora import Lora

@@ -14,10 +14,11 @@ from dp_accounting import NeighboringRelation
 
 from fedjax_llm.errors import UserError
 from fedjax_llm.privacy import accounting
-from fedjax_llm.privacy.accounting import delta_of, epsilon, epsilon_curve, guarantee, releases_of, to_dp_event
+from fedjax_llm.privacy.accounting import delta_of, epsilon, epsilon_curve, guarantee
 from fedjax_llm.privacy.correlated import BandedToeplitz
 from fedjax_llm.privacy.dp_sgd import DpSgd
 from fedjax_llm.privacy.events import Event
+from fedjax_llm.privacy.gaussian_releases import releases_of, to_dp_event
 from fedjax_llm.privacy.mechanism import Budget, Population, Regime
 
 gaussian = partial(Event, "gaussian")
