@@ -19,7 +19,7 @@ from fedjax_llm.experiment.protection import depends_on_values, population_of, p
 from fedjax_llm.models.loading import load
 from fedjax_llm.privacy import accounting, calibration, guarantee, statement
 from fedjax_llm.privacy.dp_fedavg import DpFedAvg
-from fedjax_llm.privacy.events import Event
+from fedjax_llm.privacy.events import LATTICE, Event
 from fedjax_llm.privacy.mechanism import EVERY_SITE, Mechanism, Population, adjacency
 from fedjax_llm.privacy.participation import accounts
 from fedjax_llm.runs.progress import RunProgress, privacy_table, settings_table
@@ -197,7 +197,8 @@ def fits_are_found(experiment: Experiment, mechanism: Mechanism, account: str) -
       account: of a site, of all, or of several sites that share an owner, which has several kinds of releases.
     """
     event = mechanism.events.get(account)
-    return experiment.privacy.budget is not None and event is not None and event.kind == "gaussian"
+    independent = event is not None and event.kind in ("gaussian", *LATTICE)
+    return experiment.privacy.budget is not None and independent
 
 
 def fit(
@@ -292,7 +293,10 @@ def _settings(experiment: Experiment, found: Forecast) -> list[tuple[str, Any]]:
         ("unit of privacy", mechanism.unit),
         ("adjacency", found.statement["adjacency"]),
         ("delta", f"{privacy.delta:g}"),
-        ("mechanism", f"{mechanism.name}, {privacy.accountant.upper()} accounting, {privacy.randomness} randomness"),
+        (
+            "mechanism",
+            f"{mechanism.name}, {found.statement['accountant'].upper()} accounting, {privacy.randomness} randomness",
+        ),
         ("clipped", f"{clipped[mechanism.clipped]}, to {mechanism.clip.norm:g} ({mechanism.clip.scope})"),
         ("noise is added", noised[mechanism.noised]),
         ("released in all rounds", "\n".join([*events[:_MOST_EVENTS], *more])),

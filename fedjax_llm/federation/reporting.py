@@ -66,9 +66,7 @@ def with_traffic(reports: Sequence[ClientReport], ended: Ended) -> list[ClientRe
 def with_waste(wasted: Traffic, ended: Ended) -> Traffic:
     """What was exchanged in vain, with the keys and shares of those who dropped out."""
     lost = [ended.traffic[name] for name in ended.report.dropped]
-    return Traffic(
-        wasted.download + sum(one.download for one in lost), wasted.upload + sum(one.upload for one in lost)
-    )
+    return Traffic(wasted.download + sum(one.download for one in lost), wasted.upload + sum(one.upload for one in lost))
 
 
 def check_included(plan: RoundPlan, number: int, reports: Sequence[ClientReport]) -> None:

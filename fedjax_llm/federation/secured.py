@@ -6,7 +6,6 @@ memory but those bytes. Masks cancel exactly, so the sum is a function of the me
 
 import hashlib
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -103,8 +102,15 @@ def begin(
     return exchange
 
 
-def add(exchange: Exchange, members: Sequence[int], messages: PyTree, weights: Array) -> None:
-    """Masks and delivers the messages [C, ...] of a chunk, of which the first ``len(members)`` are real."""
+def add(exchange: Exchange, members: np.ndarray, messages: PyTree, weights: Array) -> None:
+    """Masks and delivers the messages [C, ...] of a chunk, of which the first ``len(members)`` are real.
+
+    Args:
+      exchange: the protocol of the round.
+      members: int, places of the clients.
+      messages: what they send, leaves [C, ...].
+      weights: f32 [C].
+    """
     if exchange.session is None:
         return
     plan, real = exchange.plan, len(members)

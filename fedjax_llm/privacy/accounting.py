@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -24,9 +24,8 @@ from fedjax_llm.privacy.disk_cache import remembered
 from fedjax_llm.privacy.events import LATTICE, Event, merge
 from fedjax_llm.privacy.gaussian_releases import Release, checked, dp_event, releases_of
 
-# dp_accounting (scipy) takes seconds to import: runs without privacy, and figures from the cache, do without.
-if TYPE_CHECKING:
-    import dp_accounting
+# dp_accounting (scipy) takes seconds to import, so that it is imported where it is used: runs without privacy, and
+# figures from the cache, do without.
 
 Accountant = Literal["pld", "rdp"]
 Method = Literal["pld", "rdp", "gaussian", "none"]
@@ -286,7 +285,7 @@ def _interval(releases: tuple[Release, ...]) -> float:
     return 2.0 ** math.floor(math.log2(interval))
 
 
-def _rdp_accountant(releases: tuple[Release, ...], orders: Any = None) -> "dp_accounting.PrivacyAccountant":
+def _rdp_accountant(releases: tuple[Release, ...], orders: Any = None) -> Any:
     """A Rényi accountant that holds the releases. Keywords: its arguments are not in the order of PLD's."""
     import dp_accounting
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fedjax_llm.errors import UserError
-from fedjax_llm.privacy import calibration, participation, refusals
+from fedjax_llm.privacy import calibration, participation, refusals, shares
 from fedjax_llm.privacy.clipping import Clip
 from fedjax_llm.privacy.correlated import Correlation
 from fedjax_llm.privacy.events import Event
@@ -36,6 +36,10 @@ class DpFedAvg:
         sampling a cohort count.
       noise: how noise is correlated over the rounds (``privacy/correlated.py``); ``None``: independent. With it,
         cohorts are those of the experiment's (public) seed, and do not count.
+      distributed: ``Skellam()`` or ``DDGauss()``: every site adds a share of the noise, in integers, under secure
+        aggregation; ``None``: noise is added once. With it, the noise multiplier is that of the shares which are sure
+        to be in a sum and secret, over what one site changes in its integers; and cohorts are those of the experiment's
+        seed, and do not count, as the server knows them.
     """
 
     clip_norm: float = 1.0
@@ -45,6 +49,7 @@ class DpFedAvg:
     examples_cap: int | None = None
     cohort_is_secret: bool = True
     noise: Any = None
+    distributed: Any = None
 
     def __post_init__(self) -> None:
         """Refuses impossible values."""
@@ -67,6 +72,7 @@ class DpFedAvg:
         """
         refusals.basics("DpFedAvg", regime, ("site",), ("federated",))
         refusals.sum_view("DpFedAvg", regime)
+        refusals.distributed("DpFedAvg", regime, self.distributed, self.noise, self.adaptive)
         refusals.availability("DpFedAvg", regime, self.noise is not None)
         if regime.over_selection != 1:
             raise UserError(
@@ -88,9 +94,18 @@ class DpFedAvg:
     def make(self, regime: Regime, population: Population, budget: Budget) -> Mechanism:
         """The mechanism for these sites."""
         refusals.noise_source("DpFedAvg", self.noise_multiplier, budget.epsilon)
+        if self.distributed is not None:
+            return self._distributed(regime, population, budget)
         sites = len(population.sites)
         cohort = min(regime.cohort or sites, sites)
         probability = cohort / sites
+        if probability < 1 and regime.secure and self.noise is None:
+            raise UserError(
+                f"federation.cohort is {cohort} of {sites} sites under secure aggregation, which tells every site of a "
+                "round, and the server, who else is in it: no cohort is secret, and DpFedAvg counts on that. Let every "
+                "site take part (federation.cohort=None), or share out the noise, which does not count on it "
+                "(DpFedAvg(distributed=Skellam()))"
+            )
         if probability < 1 and not self.cohort_is_secret and self.noise is None:
             raise UserError(
                 f"federation.cohort is {cohort} of {sites} sites and DpFedAvg.cohort_is_secret is False: sampling "
@@ -129,7 +144,49 @@ class DpFedAvg:
             adaptive=adaptive,
             events={EVERY_SITE: replace(run, noise_multiplier=float(z), count=1)},
             adversary="everyone who sees the noised sums alone: the sites, and whoever gets the adapters",
-            assumptions=_assumptions(secret=probability < 1 and self.noise is None),
+            assumptions=_assumptions(regime.secure, secret=probability < 1 and self.noise is None),
+        )
+
+    def _distributed(self, regime: Regime, population: Population, budget: Budget) -> Mechanism:
+        """With shares of the noise from every site. Each is charged for the rounds that it takes part in."""
+        sites = len(population.sites)
+        cohort = min(regime.cohort or sites, sites)
+        counted = [Event("gaussian", 1.0, 1.0, max(1, rounds)) for rounds in population.participations]
+        messages = shares.messages_of(regime, self.clip_norm, float(cohort), cohort, conditional=True)
+
+        def multiplier(template: Event) -> float:
+            if self.noise_multiplier is not None:
+                return self.noise_multiplier
+            assert budget.epsilon is not None
+            runs = [[run] for run in shares.runs_with(counted, template)]
+            return calibration.noise_multiplier_of_all(
+                runs, budget.epsilon, budget.delta, budget.accountant, budget.progress
+            )
+
+        shared, event = shares.fit(self.distributed, messages, multiplier)
+        return Mechanism(
+            name="DpFedAvg",
+            unit=regime.unit,
+            clip=Clip(self.clip_norm, self.scope),
+            clipped="deltas",
+            noised="shares",
+            stddev=np.full(sites, event.noise_multiplier * shares.central(shared)),
+            weight=float(cohort),
+            denominators=np.ones(sites),
+            sampling=None,
+            examples_per_unit=1,
+            cohort_probability=None,
+            site_weights=None if self.examples_cap is None else partial(_weight, cap=self.examples_cap),
+            correlated=None,
+            adaptive=None,
+            events=dict.fromkeys(population.sites, event),
+            adversary=shares.adversary(regime),
+            assumptions=(
+                *shares.assumptions(regime, messages),
+                "the number of sites is public",
+                participation.INTEGERS,
+            ),
+            shares=shared,
         )
 
 
@@ -205,12 +262,11 @@ def _weight(examples: int, cap: int) -> float:
     return min(examples, cap) / cap
 
 
-def _assumptions(secret: bool) -> tuple[str, ...]:
+def _assumptions(secure: bool, secret: bool) -> tuple[str, ...]:
     """What the guarantee rests on."""
     cohort = "who takes part in which round stays secret (the run's own files tell it to the server)"
     return (
-        "updates are added up, and noise is drawn, before anybody looks: by a server that is trusted with them, or "
-        "under secure aggregation",
+        participation.summed("updates", secure),
         *((cohort,) if secret else ()),
         "the number of sites is public",
         participation.GENERATOR,

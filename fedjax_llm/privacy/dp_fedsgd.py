@@ -2,7 +2,8 @@
 
 The same step as DP-SGD on the pooled data (McMahan et al. 2018, arXiv 1710.06963, with records in place of users):
 one noise for all sites instead of one for each, so that the sum over C sites holds sqrt(C) less of it. It needs
-somebody who adds up and draws noise before anybody looks: a trusted server, or secure aggregation.
+somebody who adds up and draws noise before anybody looks: a trusted server; or secure aggregation, under which every
+site adds a share of the noise (``distributed``).
 """
 
 from dataclasses import dataclass, replace
@@ -11,9 +12,12 @@ from typing import Any, Literal
 import numpy as np
 
 from fedjax_llm.errors import UserError
-from fedjax_llm.privacy import participation, refusals
+from fedjax_llm.privacy import participation, refusals, shares
 from fedjax_llm.privacy.clipping import Clip
-from fedjax_llm.privacy.mechanism import Budget, Mechanism, Population, Regime
+from fedjax_llm.privacy.events import Event
+from fedjax_llm.privacy.mechanism import Budget, Mechanism, Population, Regime, Shares
+
+_ADVERSARY = "everyone who sees the noised sums alone: the other sites, and whoever gets the adapters"
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,9 @@ class DpFedSgd:
       examples_per_unit: at most so many examples of a sampled unit make up its gradient.
       noise: how noise is correlated over the rounds (``privacy/correlated.py``); ``None``: independent. With it, the
         noise multiplier is that of the independent noise before it is mixed, over C times its sensitivity.
+      distributed: ``Skellam()`` or ``DDGauss()``: every site adds a share of the noise, in integers, under secure
+        aggregation; ``None``: noise is added once. With it, the noise multiplier is that of the shares which are sure
+        to be in a sum and secret, over what one unit changes in its integers.
     """
 
     clip_norm: float = 1.0
@@ -38,6 +45,7 @@ class DpFedSgd:
     sampling_probability: float | None = None
     examples_per_unit: int = 1
     noise: Any = None
+    distributed: Any = None
 
     def __post_init__(self) -> None:
         """Refuses impossible values."""
@@ -54,6 +62,7 @@ class DpFedSgd:
         refusals.gradients("DpFedSgd", regime)
         refusals.availability("DpFedSgd", regime, self.noise is not None)
         refusals.sum_view("DpFedSgd", regime)
+        refusals.distributed("DpFedSgd", regime, self.distributed, self.noise)
         _check_one_step(regime)
         if regime.weighting != "uniform":
             raise UserError(
@@ -66,19 +75,27 @@ class DpFedSgd:
         """The mechanism for these sites, with one noise for all."""
         refusals.noise_source("DpFedSgd", self.noise_multiplier, budget.epsilon)
         taking_part = participation.in_rounds(regime, population, self.sampling_probability, self.noise)
-        z, held = participation.common(taking_part.runs, population, budget, self.noise_multiplier)
         sites = len(population.sites)
-        share = min(regime.cohort or sites, sites) / sites
-        rounds = zip(population.sites, taking_part.runs, held, strict=True)
+        cohort = min(regime.cohort or sites, sites)
+        # What a round sums up on average, over the draw of cohorts: a public constant, whoever takes part.
+        weight = float(cohort / sites * taking_part.expected.sum())
+        runs, own, shared = taking_part.runs, self.noise_multiplier, None
+        generators: tuple[str, ...] = (participation.GENERATOR,)
+        rests_on: tuple[str, ...] = (participation.summed("the sums of the sites", regime.secure),)
+        if self.distributed is not None:
+            shared, event, rests_on = self._shares(regime, population, budget, taking_part, weight, cohort)
+            runs, own = shares.runs_with(runs, event), event.noise_multiplier
+            generators = (participation.INTEGERS, participation.SAMPLES)
+        z, held = participation.common(runs, population, budget, own)
+        rounds = zip(population.sites, runs, held, strict=True)
         return Mechanism(
             name="DpFedSgd",
             unit=regime.unit,
             clip=Clip(self.clip_norm, self.scope),
             clipped="gradients",
-            noised="sum",
-            stddev=np.full(sites, z * taking_part.sensitivity),
-            # What a round sums up on average, over the draw of cohorts: a public constant, whoever takes part.
-            weight=float(share * taking_part.expected.sum()),
+            noised="sum" if shared is None else "shares",
+            stddev=np.full(sites, z * (taking_part.sensitivity if shared is None else shares.central(shared))),
+            weight=weight,
             denominators=np.ones(sites),
             sampling=taking_part.probability,
             examples_per_unit=self.examples_per_unit,
@@ -87,14 +104,40 @@ class DpFedSgd:
             correlated=taking_part.correlation,
             adaptive=None,
             events={site: replace(run, noise_multiplier=float(own), count=1) for site, run, own in rounds},
-            adversary="everyone who sees the noised sums alone: the other sites, and whoever gets the adapters",
+            adversary=_ADVERSARY if shared is None else shares.adversary(regime),
             assumptions=(
-                *participation.assumptions(regime.unit),
+                *participation.assumptions(regime.unit, generators),
                 *taking_part.assumptions,
-                "the sums of the sites are added up, and noise is drawn, before anybody looks: by a server that is "
-                "trusted with them, or under secure aggregation",
+                *rests_on,
             ),
+            shares=shared,
         )
+
+    def _shares(
+        self,
+        regime: Regime,
+        population: Population,
+        budget: Budget,
+        taking_part: participation.Participation,
+        units: float,
+        cohort: int,
+    ) -> tuple[Shares, Event, tuple[str, ...]]:
+        """How sites add noise in integers, what a sum of it releases, and what that rests on."""
+        if population.shared and self.distributed.kind != "skellam":
+            raise UserError(
+                f"the sites {', '.join(population.shared[0])} hold data of the same patient, which are accounted for "
+                "by taking the noise of a sum apart: that can be done with Skellam noise, not with a sum of discrete "
+                "Gaussians. Set DpFedSgd.distributed to Skellam(), or keep each patient's records at one site"
+            )
+        most = shares.slack(float(taking_part.expected.max()))
+        messages = shares.messages_of(regime, self.clip_norm, units, cohort, conditional=False, slack=most)
+
+        def multiplier(template: Event) -> float:
+            runs = shares.runs_with(taking_part.runs, template)
+            return participation.common(runs, population, budget, self.noise_multiplier)[0]
+
+        shared, event = shares.fit(self.distributed, messages, multiplier)
+        return shared, event, shares.assumptions(regime, messages)
 
 
 def _check_one_step(regime: Regime) -> None:

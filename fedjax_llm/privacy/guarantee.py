@@ -62,7 +62,8 @@ class Privacy:
     @property
     def draws_cohorts(self) -> bool:
         """Whether the mechanism draws each round's cohort by itself: then a site may take part in every round."""
-        return isinstance(self.mechanism, DpFedAvg) and self.mechanism.noise is None
+        mechanism = self.mechanism
+        return isinstance(mechanism, DpFedAvg) and mechanism.noise is None and mechanism.distributed is None
 
     def check(self, regime: Regime) -> None:
         """Refuses an experiment that the mechanism cannot protect, or noise that is not decided.

@@ -239,6 +239,11 @@ def releases(mechanism: Mechanism, cohort: Sequence[str]) -> dict[str, Event]:
     return {name: mechanism.events[name] for name in cohort}
 
 
+def accounted_by(mechanism: Mechanism, accountant: str) -> str:
+    """Which accountant's figures are stated: integer noise is accounted for by Renyi divergences, whatever is asked."""
+    return accountant if mechanism.shares is None else "rdp"
+
+
 def adjacency(unit: Unit) -> str:
     """The neighbouring relation in words."""
     whole = {"record": "one record", "patient": "all records of one patient", "site": "all data of one site"}

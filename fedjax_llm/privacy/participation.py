@@ -16,7 +16,14 @@ GENERATOR = (
     "noise is float32 from JAX's counter-based generator: of research grade, neither discrete nor from a cryptographic "
     "generator"
 )
-"""What the guarantee of every mechanism rests on."""
+"""What the guarantee of every mechanism rests on whose noise is of real numbers."""
+INTEGERS = (
+    "every site draws its share of the noise by itself, in integers, from a cryptographic stream (AES-256) whose key "
+    "nobody else has"
+)
+"""What takes its place where noise is shared out."""
+SAMPLES = "which units a step samples comes from JAX's counter-based generator, of research grade"
+"""What is left of it there."""
 
 
 class Participation(NamedTuple):
@@ -112,14 +119,32 @@ def _participation(
     return Participation(within, expected, runs, correlation, correlation.sensitivity, hidden if groups > 1 else ())
 
 
-def assumptions(unit: Unit) -> tuple[str, ...]:
-    """What every guarantee for units inside the sites rests on."""
+def assumptions(unit: Unit, generators: Sequence[str] = (GENERATOR,)) -> tuple[str, ...]:
+    """What every guarantee for units inside the sites rests on, and where its noise and samples come from."""
     what = {
         "record": "a record is what the data source calls one: a copy of it is another record, and so is what has the "
         "same id at another site",
         "patient": "a patient is told by the owner's id in the data: one with two ids is two patients",
     }
-    return (what[unit], "how many units each site trains on is public", GENERATOR)
+    return (what[unit], "how many units each site trains on is public", *generators)
+
+
+def summed(what: str, secure: bool) -> str:
+    """What noise that is added once to a sum rests on.
+
+    Args:
+      what: is added up.
+      secure: whether under secure aggregation.
+    """
+    if secure:
+        return (
+            f"{what} are added up under secure aggregation, and the server adds the noise: it sees the sum before "
+            "that, and is trusted with it, not with what single sites send"
+        )
+    return (
+        f"{what} are added up, and noise is drawn, before anybody looks: by a server that is trusted with them, or "
+        "under secure aggregation"
+    )
 
 
 def poisson(regime: Regime, population: Population, probability: float | None) -> np.ndarray:

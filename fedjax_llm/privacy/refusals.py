@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import get_args
+from typing import Any, get_args
 
 from fedjax_llm.errors import UserError, nearest
 from fedjax_llm.privacy.clipping import Clip
@@ -205,6 +205,47 @@ def sum_view(name: str, regime: Regime) -> None:
             f"compression changes what clients send after {name} has clipped it: rounding moves norms above the clip "
             "norm, and no noise covers that. Set compression to None, or choose a mechanism that adds noise at the "
             "sites (DpSgd, LocalDp)"
+        )
+
+
+def distributed(name: str, regime: Regime, noise: Any, correlated: Any, adaptive: Any = None) -> None:
+    """Refuses noise that is shared out where shares are seen, or are too few, or the noise has more to do.
+
+    Args:
+      name: of the mechanism.
+      regime: the experiment.
+      noise: what is shared out; ``None``: nothing, which is not refused.
+      correlated: how noise is correlated over rounds.
+      adaptive: how the clip norm changes.
+
+    Raises:
+      UserError: with the reason and the way out.
+    """
+    if noise is None:
+        return
+    if not hasattr(noise, "draw"):
+        raise UserError(f"{name}.distributed is {noise!r}; it must be Skellam(), DDGauss() or None")
+    if not regime.secure:
+        raise UserError(
+            f"{name}.distributed is {type(noise).__name__}(...), so that every site adds a share of the noise, but the "
+            "server sees every site's message by itself, for which one share is too little. Set "
+            f"secure=SecAgg(...), or {name}.distributed to None (the server adds the noise)"
+        )
+    if correlated is not None:
+        raise UserError(
+            f"{name} has distributed and correlated noise: later noise takes earlier noise away again, and the shares "
+            "of sites that dropped out would stay. Set its noise or its distributed to None"
+        )
+    if adaptive is not None:
+        raise UserError(
+            f"{name} has distributed noise and adaptive clipping, which counts unclipped updates with noise of its own "
+            "that the server would have to add. Set clip_norm by hand (adaptive=None), or distributed to None"
+        )
+    if regime.survivors and regime.survivors - regime.colluders < 1:
+        raise UserError(
+            f"a secure sum may hold {regime.survivors} sites, of which {regime.colluders} may tell the server their "
+            "shares of the noise: no share is left that is sure to be there and secret. Set secure.colluders lower, or "
+            "secure.survivors higher"
         )
 
 

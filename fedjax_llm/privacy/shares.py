@@ -14,7 +14,8 @@ N = 129, and what :func:`slack` gives beyond. Rotation in float64 adds less than
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -107,8 +108,10 @@ def messages_of(regime: Regime, clip_norm: float, units: float, sites: int, **ki
       **kind: ``conditional`` and ``slack``.
 
     Raises:
-      UserError: the model is not known yet.
+      UserError: the model is not known yet, or no share is sure to be there.
     """
+    if regime.survivors - regime.colluders < 1:
+        raise UserError(f"a secure sum of {regime.survivors} sites less {regime.colluders} colluders holds no noise")
     if regime.values < 1:
         raise UserError("noise in integers depends on how many values a message holds: load the model first")
     return Messages(encoded_length(regime.values), clip_norm, units, sites, regime.survivors - regime.colluders, **kind)
@@ -158,11 +161,11 @@ def fit(noise: Noise, messages: Messages, multiplier: Callable[[Event], float]) 
       UserError: no integers fit.
     """
     z = multiplier(Event(noise.kind, 1.0, summands=messages.secret, sensitivity=_LARGEST_BOUND, values=messages.values))
-    scale = math.inf
-    while (finest := _finest(noise, messages, z)) < scale:
-        scale = finest
+    scale = _finest(noise, messages, z)
+    template = event(noise, messages, scale)
+    while not fits(noise, messages, scale, z := max(z, multiplier(template))):
+        scale = _finest(noise, messages, z)
         template = event(noise, messages, scale)
-        z = multiplier(template)
     stddev = z * template.sensitivity / math.sqrt(messages.secret)
     shares = Shares(
         kind=noise.kind,
@@ -174,14 +177,47 @@ def fit(noise: Noise, messages: Messages, multiplier: Callable[[Event], float]) 
         stddev=stddev,
         draw=noise.draw(stddev),
     )
-    return shares, Event(**{**vars(template), "noise_multiplier": z})
+    return shares, replace(template, noise_multiplier=z)
+
+
+def runs_with(runs: Sequence[Event], template: Event) -> tuple[Event, ...]:
+    """Runs of Gaussian releases as runs of integer ones like the template."""
+    like = {"kind": template.kind, "summands": template.summands}
+    return tuple(replace(run, **like, sensitivity=template.sensitivity, values=template.values) for run in runs)
+
+
+def central(shares: Shares) -> float:
+    """Standard deviation of the noise that is sure to be in a sum, over the clip norm times the noise multiplier."""
+    return shares.bound / (shares.scale * shares.clip_norm)
+
+
+def adversary(regime: Regime) -> str:
+    """Who the guarantee holds against."""
+    together = f"together with up to {regime.colluders} site{'s' * (regime.colluders > 1)}"
+    alone = "and nobody among the sites, each of which knows its own share of the noise"
+    return f"the server and whoever gets the adapters, {together if regime.colluders else alone}"
+
+
+def assumptions(regime: Regime, messages: Messages) -> tuple[str, ...]:
+    """What the guarantee rests on beside its unit."""
+    known = f", less those of {regime.colluders} that may tell the server theirs" if regime.colluders else ""
+    shared = (
+        f"a secure sum holds at least {regime.survivors} sites, or is abandoned: their shares of the noise{known}, are "
+        "enough, and the protocol's own assumptions hold"
+    )
+    exact = (
+        f"what float32 does to a sum of clipped gradients before it is rounded to integers is within "
+        f"{messages.slack:.1%} of the clip norm"
+    )
+    return (shared,) if messages.conditional else (shared, exact)
 
 
 def fits(noise: Noise, messages: Messages, scale: float, z: float) -> bool:
     """Whether ``tail`` standard deviations of the sum fit half the modulus, and the share fits its sampler.
 
-    A rotation spreads a sum of norm N s c over d values, about as Gaussians: with the standard deviation N s c / sqrt(d)
-    at most (rho = 1 in Kairouz et al. 2021, section 4.4). What wraps around nevertheless is an error, never a leak.
+    A rotation spreads a sum of norm N s c over d values about as Gaussians do, with the standard deviation
+    N s c / sqrt(d) at most (rho = 1 in Kairouz et al. 2021, section 4.4). What wraps around nevertheless is an error,
+    never a leak.
     """
     found = bound(messages, scale, noise.beta)
     share = z * found / math.sqrt(messages.secret)

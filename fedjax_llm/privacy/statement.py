@@ -8,7 +8,7 @@ from typing import Any
 from fedjax_llm.privacy import participation
 from fedjax_llm.privacy.events import Event
 from fedjax_llm.privacy.guarantee import Privacy
-from fedjax_llm.privacy.mechanism import EVERY_SITE, Mechanism, Population, adjacency
+from fedjax_llm.privacy.mechanism import EVERY_SITE, Mechanism, Population, accounted_by, adjacency
 from fedjax_llm.types import Unit
 
 NOT_COVERED = (
@@ -112,7 +112,7 @@ def statement(
         "warning": warning(privacy),
         "budget": privacy.budget,
         "target": privacy.target_epsilon,
-        "accountant": privacy.accountant,
+        "accountant": accounted_by(mechanism, privacy.accountant),
         "stopped": stopped,
         "line": line(mechanism.unit, privacy.delta, epsilons, sum(len(names) > 1 for names in accounts.values())),
     }

@@ -267,7 +267,13 @@ def in_words(event: Event) -> str:
         return many.format("step") + ", correlated over the whole run: one Gaussian release in all"
     if event.kind == "banded":
         return many.format("step") + f", correlated over {event.bands} bands" + sampled.replace(" of", " of cyclic", 1)
-    return many.format("Gaussian release") + (sampled if event.sampling_probability < 1 else ", without sampling")
+    kind = {"gaussian": "Gaussian", "discrete gaussian": "distributed discrete Gaussian", "skellam": "Skellam"}[
+        event.kind
+    ]
+    shares = f" in {event.summands} shares" if event.summands else ""
+    return (
+        many.format(f"{kind} release") + shares + (sampled if event.sampling_probability < 1 else ", without sampling")
+    )
 
 
 def _exact(epsilon: float) -> str:

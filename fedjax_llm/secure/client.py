@@ -59,7 +59,7 @@ class Client(NamedTuple):
       roster: after ShareKeys.
       place: its own in the roster.
       shared: after MaskedInput, who dealt shares, by place.
-      shares: of those it holds shares of: their seed's and their mask key's, by place.
+      shares: of those whose shares it could open: their seed's and their mask key's, by place.
       survivors: after ConsistencyCheck, whose inputs the server has.
     """
 
@@ -149,6 +149,9 @@ def mask(
 ) -> tuple[Client, bytes]:
     """Opens the shares dealt to this client, and sends its input under all masks.
 
+    Shares that cannot be opened, or are not what their dealer committed to, are not kept and not given in Unmask: if
+    the client stopped at them, one dealer could drive any of its neighbours out of the sum.
+
     Args:
       client: after :func:`share`.
       data: the server's message.
@@ -156,7 +159,7 @@ def mask(
       masks: buffers to use again; ``None``: new ones.
 
     Raises:
-      ProtocolError: naming the server, or whose share is not what it committed to.
+      ProtocolError: naming the server.
       ValueError: the vector is not of the ring.
     """
     shared, boxes = _received(client, "Shares", 2, data)
@@ -173,7 +176,8 @@ def mask(
     if len(near) < meeting.terms.threshold or len(members) < meeting.terms.survivors:
         raise ProtocolError(SERVER, f"it goes on with {len(members)} clients, too few to open anything")
     lock = primitives.private_key(client.cipher_secret, "cipher")
-    shares = {dealer: _opened(client, lock, dealer, *rest) for dealer, *rest in boxes}
+    opened = {dealer: _opened(client, lock, dealer, *rest) for dealer, *rest in boxes}
+    shares = {dealer: both for dealer, both in opened.items() if both is not None}
     masks, total = masks or primitives.Masks(meeting.values, meeting.bits), vector.copy()
     masks.add(total, client.seed, 1)
     own = primitives.private_key(client.mask_secret, "mask")
@@ -212,7 +216,7 @@ def confirm(client: Client, data: bytes) -> tuple[Client, bytes]:
 
 
 def unmask(client: Client, data: bytes) -> tuple[Client, bytes]:
-    """Gives one share of each neighbour: of its seed if it survived, of its mask key if it did not. Once.
+    """Gives one share of each neighbour that dealt it some: of its seed if it survived, else of its mask key. Once.
 
     Raises:
       ProtocolError: naming the server.
@@ -288,19 +292,18 @@ def _received(client: Client, kind: str, done: int, data: bytes) -> list[Any]:
 
 def _opened(
     client: Client, lock: X25519PrivateKey, dealer: int, box: bytes, seed_check: bytes, key_check: bytes
-) -> tuple[bytes, bytes]:
-    """The shares that a dealer sealed for this client, as it committed to them."""
+) -> tuple[bytes, bytes] | None:
+    """The shares that a dealer sealed for this client, if they are those that it committed to."""
     roster, place = client.roster, client.place
     assert roster is not None
     opened = primitives.unsealed(_lock(client, lock, dealer, place), box, _about(client, dealer, place))
-    name = roster.names[dealer]
-    if opened is None or len(opened) != 2 * primitives.SECRET:
-        raise ProtocolError(name, f"its shares for {client.name} cannot be opened (or the server changed them)")
+    if opened is None:
+        return None
     seed, key = opened[: primitives.SECRET], opened[primitives.SECRET :]
     index = roster.holders(dealer).index(place) + 1
     for (kind, own), check in zip(_kinds(seed, key), (seed_check, key_check), strict=True):
         if commitment(client.meeting, roster, dealer, kind, index, own) != check:
-            raise ProtocolError(name, f"its shares for {client.name} are not those that it committed to")
+            return None
     return seed, key
 
 

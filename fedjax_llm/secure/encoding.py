@@ -22,14 +22,14 @@ import numpy as np
 from fedjax_llm.errors import UserError
 from fedjax_llm.privacy.discrete_noise import uniforms, words
 from fedjax_llm.privacy.mechanism import Shares
+from fedjax_llm.privacy.shares import encoded_length
 from fedjax_llm.secure.ring import centred
 
+__all__ = ["decode", "encode", "encoded_length", "rotate"]
+
 _MOST_TRIES = 1000
-
-
-def encoded_length(values: int) -> int:
-    """Integers that so many numbers become: the next power of two."""
-    return 1 << max(0, values - 1).bit_length()
+_CLIPPED = 1 + 1e-5
+"""A norm of float32 that was clipped to 1 may be that much."""
 
 
 def encode(
@@ -48,8 +48,14 @@ def encode(
       uint16 or uint32 [D], D from :func:`encoded_length`.
 
     Raises:
-      UserError: the message is longer than the clip norm, so that no rounding can be within the bound.
+      UserError: the message is not finite; or longer than the clip norm where it is the unit, so that no rounding can
+        be within the bound.
     """
+    norm = float(np.linalg.norm(vector.astype(np.float64)))
+    if not math.isfinite(norm):
+        raise UserError("a message holds numbers that are not finite; it was not clipped")
+    if shares.conditional and shares.clip_norm < norm <= shares.clip_norm * _CLIPPED:
+        vector = vector.astype(np.float64) * (shares.clip_norm / norm)
     rotated = rotate(vector, rotation_key) * shares.scale
     whole = _conditionally(rotated, shares, rounding_key) if shares.conditional else np.rint(rotated).astype(np.int64)
     return _reduced(whole + shares.draw(noise_key, whole.size), shares.bits)
@@ -76,21 +82,6 @@ def rotate(vector: np.ndarray, rotation_key: bytes) -> np.ndarray:
     padded = np.zeros(encoded_length(vector.size))
     padded[: vector.size] = vector
     return _hadamard(padded * _signs(rotation_key, padded.size))
-
-
-def rounded_bound(length: float, values: int, beta: float) -> float:
-    """The norm that a randomly rounded vector has with probability 1 - beta at least.
-
-    Kairouz et al. 2021, proposition 22: the smaller of |x| + sqrt(d), which always holds, and
-    sqrt(|x|^2 + d / 4 + sqrt(2 log(1 / beta)) (|x| + sqrt(d) / 2)).
-
-    Args:
-      length: of the vector, in integers.
-      values: d, its numbers.
-      beta: in (0, 1).
-    """
-    likely = length**2 + values / 4 + math.sqrt(2 * math.log(1 / beta)) * (length + math.sqrt(values) / 2)
-    return min(length + math.sqrt(values), math.sqrt(likely))
 
 
 def _conditionally(rotated: np.ndarray, shares: Shares, key: bytes) -> np.ndarray:

@@ -14,14 +14,14 @@ def neighbours(names: Sequence[str], count: int, transcript: bytes) -> tuple[tup
 
     Args:
       names: of the clients, in the order that all know.
-      count: k neighbours each: even, or the clients are; all others where there are no more than so many.
+      count: k neighbours each, an even number; all others where there are no more than so many.
       transcript: hash of all keys.
     """
     n = len(names)
     if count >= n - 1:
         return tuple(tuple(j for j in range(n) if j != i) for i in range(n))
     order = sorted(range(n), key=lambda i: digest("order", transcript, names[i]))
-    steps = [step for half in range(1, count // 2 + 1) for step in (half, -half)] + ([n // 2] if count % 2 else [])
+    steps = [step for half in range(1, count // 2 + 1) for step in (half, -half)]
     found: list[tuple[int, ...]] = [()] * n
     for place, client in enumerate(order):
         found[client] = tuple(sorted(order[(place + step) % n] for step in steps))

@@ -5,6 +5,7 @@ arrives must be of the expected kind, session and round, hold exactly the fields
 be the one encoding of what it says; anything else is a :class:`ProtocolError`.
 """
 
+import reprlib
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -122,13 +123,13 @@ def decode(kind: str, meeting: Meeting, sender: str, data: bytes) -> list[Any]:
     if not isinstance(message, list) or len(message) != 5 + len(expected):
         raise ProtocolError(sender, f"its {kind} does not have the fields of one")
     if type(message[0]) is not int or message[0] != VERSION:
-        raise ProtocolError(sender, f"it speaks version {message[0]!r} of the protocol, and this is version {VERSION}")
+        raise ProtocolError(sender, f"it speaks version {reprlib.repr(message[0])} of the protocol, not {VERSION}")
     if message[1] != kind:
-        raise ProtocolError(sender, f"it sent {message[1]!r} where {kind} is due")
+        raise ProtocolError(sender, f"it sent {reprlib.repr(message[1])} where {kind} is due")
     if message[2] != meeting.session or type(message[3]) is not int or message[3] != meeting.round:
         raise ProtocolError(sender, f"its {kind} is of another session or round (a replay?)")
     if message[4] != sender:
-        raise ProtocolError(sender, f"its {kind} is in the name of {message[4]!r}")
+        raise ProtocolError(sender, f"its {kind} is in the name of {reprlib.repr(message[4])}")
     for place, (field, value) in enumerate(zip(expected, message[5:], strict=True)):
         if not _fits(field, value):
             raise ProtocolError(sender, f"field {place} of its {kind} is not what the protocol asks for")

@@ -1,5 +1,8 @@
 """How likely a sparse graph is to fail, where who drops out and who is dishonest does not depend on the graph.
 
+A server that tries many keys of a colluder, or many sets of clients, until the graph suits it is not covered:
+``SecAgg(colluders=...)`` or the complete graph is for that.
+
 Bell et al. 2020 (ePrint 2020/704, section 3): the holders of a client's secrets are a random set, so that the dishonest
 and the missing among them are hypergeometric. Bounds are unions over all clients.
 """
@@ -16,7 +19,7 @@ class Odds(NamedTuple):
 
     Attributes:
       opened: that of some client both secrets can be opened, because so many of its holders are dishonest that they and
-        two groups of honest ones reach the threshold twice.
+        two groups of honest ones reach the threshold twice; or that all neighbours that it may have left are dishonest.
       stuck: that of some client too few holders are left, so that the round is abandoned.
     """
 
@@ -36,9 +39,12 @@ def odds(terms: Terms, dishonest: int, dropouts: int) -> Odds:
 
     n, k = terms.clients, terms.neighbours
     # A client holds a share of itself too; dishonest and missing are counted among its neighbours.
-    opened = hypergeom.sf(2 * terms.threshold - k - 2, n - 1, dishonest, k)
-    stuck = hypergeom.sf(k + 1 - terms.threshold, n - 1, dropouts, k)
-    return Odds(min(1.0, n * float(opened)), min(1.0, n * float(stuck)))
+    opened = n * hypergeom.sf(min(2 * terms.threshold - k, terms.threshold) - 2, n - 1, min(dishonest, n - 1), k)
+    # Who has left took along its own share of itself.
+    stuck = (n - dropouts) * hypergeom.sf(k + 1 - terms.threshold, n - 1, min(dropouts, n - 1), k)
+    if dropouts:
+        stuck += dropouts * hypergeom.sf(k - terms.threshold, n - 1, dropouts - 1, k)
+    return Odds(min(1.0, float(opened)), min(1.0, float(stuck)))
 
 
 def least_neighbours(

@@ -69,6 +69,15 @@ def agreed(own: X25519PrivateKey, other: bytes) -> bytes:
     return own.exchange(X25519PublicKey.from_public_bytes(other))
 
 
+def is_usable(public: bytes) -> bool:
+    """Whether a public key is none of the few that agree with everybody on the same secret."""
+    try:
+        agreed(X25519PrivateKey.generate(), public)
+    except ValueError:
+        return False
+    return True
+
+
 def sealed(key: bytes, message: bytes, context: bytes) -> bytes:
     """Encrypted and authenticated (AES-GCM), with its random nonce before it."""
     nonce = secrets.token_bytes(12)

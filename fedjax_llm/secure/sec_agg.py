@@ -73,19 +73,20 @@ class SecAgg:
         neighbours = clients - 1 if self.neighbours is None else self.neighbours
         if neighbours > clients - 1:
             raise UserError(f"secure.neighbours is {neighbours}, but a client has only {clients - 1} others in a round")
-        if neighbours % 2 and clients % 2:
+        if neighbours % 2 and neighbours < clients - 1:
             raise UserError(
-                f"secure.neighbours is {neighbours} and a round has {clients} clients: both odd, which no graph can "
-                f"have. Set secure.neighbours to {neighbours - 1} or {neighbours + 1}"
+                f"secure.neighbours is {neighbours}, and if a client leaves before the graph is drawn an odd number of "
+                f"clients cannot have an odd number of neighbours each. Set it to {neighbours - 1} or {neighbours + 1}"
             )
         holders = neighbours + 1
         threshold = min(holders, 2 * holders // 3 + 1) if self.threshold is None else self.threshold
-        if not holders + self.colluders < 2 * threshold <= 2 * holders:
-            least = (holders + self.colluders) // 2 + 1
+        least = max((holders + self.colluders) // 2 + 1, self.colluders + 2)
+        if not least <= threshold <= holders:
             raise UserError(
                 f"secure.threshold is {threshold} of {holders} shares (secure.neighbours and the client itself) with "
                 f"{self.colluders} colluders: it must be from {least} to {holders}, or the server could ask one part "
-                "of the holders for a client's seed and the others for its key, and unmask it"
+                "of the holders for a client's seed and the others for its key, and unmask it, or have none but "
+                "colluders left around it"
             )
         survivors = math.ceil(clients * threshold / holders) if self.survivors is None else self.survivors
         if not max(2 + self.colluders, threshold if holders == clients else 2) <= survivors <= clients:

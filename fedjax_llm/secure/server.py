@@ -35,6 +35,7 @@ class Server(NamedTuple):
       total: the sum of masked inputs; ``None`` before the first.
       survivors: after MaskedInput, whose inputs are in the total, as places.
       revealed: after Unmask, by place of the dealer: shares by place of the holder.
+      model: SHA-256 of what the clients were sent to train.
     """
 
     meeting: Meeting
@@ -50,6 +51,7 @@ class Server(NamedTuple):
     total: np.ndarray | None = None
     survivors: tuple[int, ...] = ()
     revealed: Mapping[int, dict[int, bytes]] = {}
+    model: bytes = b""
 
     def place(self, name: str) -> int:
         """A client's in the roster."""
@@ -57,9 +59,9 @@ class Server(NamedTuple):
         return self.roster.names.index(name)
 
 
-def begin(meeting: Meeting, directory: Mapping[str, bytes], invited: tuple[str, ...]) -> Server:
-    """The server before the first message."""
-    return Server(meeting, directory, tuple(sorted(invited)), alive=frozenset(invited))
+def begin(meeting: Meeting, directory: Mapping[str, bytes], invited: tuple[str, ...], model: bytes) -> Server:
+    """The server before the first message; ``model`` is the SHA-256 of what the clients were sent to train."""
+    return Server(meeting, directory, tuple(sorted(invited)), alive=frozenset(invited), model=model)
 
 
 def receive(server: Server, sender: str, data: bytes) -> Server:
@@ -85,7 +87,7 @@ def receive(server: Server, sender: str, data: bytes) -> Server:
         fields = decode(stage, server.meeting, sender, data)
         _check(server, stage, sender, fields)
     except ProtocolError as error:
-        return _fault(server, error.offender, error.reason)
+        return _fault(server, sender, error.reason)
     if stage == "MaskedInput":
         (raw,) = fields
         vector = np.frombuffer(raw, f"<u{server.meeting.bits // 8}")
@@ -126,9 +128,9 @@ def result(server: Server) -> Outcome:
         if dealer in server.survivors:
             masks.add(total, _secret(server, dealer, "seed"), -1)
             continue
-        near = [other for other in roster.graph[dealer] if other in server.survivors]
-        if not near:
+        if not _needed(server, dealer):
             continue
+        near = [other for other in roster.graph[dealer] if other in server.survivors]
         own = primitives.private_key(_secret(server, dealer, "key"), "mask")
         for other in near:  # the survivor's mask is still in the sum: with plus if the dropped one comes after it
             masks.add(total, pair_seed(meeting, roster, own, dealer, other), -1 if dealer > other else 1)
@@ -138,7 +140,7 @@ def result(server: Server) -> Outcome:
 def _check(server: Server, stage: str, sender: str, fields: list[Any]) -> None:
     """Refuses a client's message that is well formed but wrong."""
     if stage == "AdvertiseKeys":
-        verified(server.meeting, server.directory, [[sender, *fields]])
+        _check_advertised(server, sender, fields)
         return
     if stage == "MaskedInput":
         return
@@ -155,11 +157,23 @@ def _check(server: Server, stage: str, sender: str, fields: list[Any]) -> None:
         _check_revealed(server, roster, sender, place, fields[0])
 
 
+def _check_advertised(server: Server, sender: str, fields: list[Any]) -> None:
+    """Refuses keys because of which the other clients would not go on."""
+    verified(server.meeting, server.directory, [[sender, *fields]])
+    keys, model = fields[:2], fields[2]
+    if model != server.model:
+        raise ProtocolError(sender, "it did not receive the model that was sent")
+    if not all(primitives.is_usable(key) for key in keys):
+        raise ProtocolError(sender, "its public key is not one")
+    if any(set(keys).intersection(other[:2]) for other in server.answers.values()):
+        raise ProtocolError(sender, "it sent the keys of another client")
+
+
 def _check_revealed(server: Server, roster: Roster, sender: str, place: int, revealed: list[Any]) -> None:
     """Refuses shares that are not those which their dealers committed to."""
     dealers = [dealer for dealer, _ in revealed]
-    if not ascending(dealers) or set(dealers) != {d for d in roster.holders(place) if d in server.dealt}:
-        raise ProtocolError(sender, "it does not give a share of each neighbour")
+    if not ascending(dealers) or not set(dealers).issubset(d for d in roster.holders(place) if d in server.dealt):
+        raise ProtocolError(sender, "it gives shares of clients that dealt it none")
     for dealer, share in revealed:
         kind = "seed" if dealer in server.survivors else "key"
         index = roster.holders(dealer).index(place) + 1
@@ -171,10 +185,9 @@ def _check_revealed(server: Server, roster: Roster, sender: str, place: int, rev
 def _keys(server: Server) -> tuple[Server, dict[str, bytes]]:
     """After AdvertiseKeys: everybody's keys to everybody."""
     members = [[name, *server.answers[name]] for name in sorted(server.answers)]
-    try:
-        roster = verified(server.meeting, server.directory, members)
-    except ProtocolError as error:  # two clients with one key
-        raise _abandoned(server, server.alive, error.reason) from error
+    roster, threshold = verified(server.meeting, server.directory, members), server.meeting.terms.threshold
+    if len(roster.holders(0)) < threshold:
+        raise _abandoned(server, server.alive, f"{len(members)} clients are too few for {threshold} holders of shares")
     message = encode("Keys", server.meeting, SERVER, members)
     return server._replace(roster=roster, listed=tuple(members)), dict.fromkeys(roster.names, message)
 
@@ -203,32 +216,54 @@ def _shares(server: Server) -> tuple[Server, dict[str, bytes]]:
 
 def _survivors(server: Server) -> tuple[Server, dict[str, bytes]]:
     """After MaskedInput: who is left."""
-    roster, terms = server.roster, server.meeting.terms
+    roster = server.roster
     assert roster is not None
     places = tuple(sorted(server.place(name) for name in server.answers))
-    for place in places:
-        near = set(places).intersection(roster.holders(place))
-        if len(near) < terms.threshold:
-            raise _abandoned(server, server.alive, f"{len(near)} holders of {roster.names[place]}'s shares are left")
+    server = server._replace(survivors=places)
+    _check_holders(server)
     if not connected(roster.graph, places):
         raise _abandoned(server, server.alive, "those who are left do not hang together in the graph of masks")
     message = encode("Survivors", server.meeting, SERVER, [[place] for place in places])
-    return server._replace(survivors=places), {roster.names[place]: message for place in places}
+    return server, {roster.names[place]: message for place in places}
 
 
 def _signatures(server: Server) -> tuple[Server, dict[str, bytes]]:
     """After ConsistencyCheck: everybody's signature to everybody."""
+    _check_holders(server)
     signatures = sorted([server.place(name), fields[0]] for name, fields in server.answers.items())
     message = encode("Signatures", server.meeting, SERVER, signatures)
     return server, dict.fromkeys(server.answers, message)
 
 
+def _check_holders(server: Server) -> None:
+    """Abandons the round, before anything is opened, if one of the secrets that it needs cannot be."""
+    roster, threshold = server.roster, server.meeting.terms.threshold
+    assert roster is not None
+    left = {server.place(name) for name in server.alive}
+    for dealer in server.dealt:
+        near = left.intersection(roster.holders(dealer))
+        if _needed(server, dealer) and len(near) < threshold:
+            raise _abandoned(server, server.alive, f"{len(near)} holders of {roster.names[dealer]}'s shares are left")
+
+
+def _needed(server: Server, dealer: int) -> bool:
+    """Whether a mask of this client is in the sum: its own, or one that it has in common with a survivor."""
+    assert server.roster is not None
+    return not set(server.survivors).isdisjoint(server.roster.holders(dealer))
+
+
 def _revealed(server: Server) -> tuple[Server, dict[str, bytes]]:
-    """After Unmask: the shares by dealer."""
+    """After Unmask: the shares by dealer. Of one that is missing its dealer and its holder are suspected alike."""
+    assert server.roster is not None
     found: dict[int, dict[int, bytes]] = {}
     for name, (revealed,) in server.answers.items():
         for dealer, share in revealed:
             found.setdefault(dealer, {})[server.place(name)] = share
+        given = {dealer for dealer, _ in revealed}
+        for dealer in server.dealt:
+            if dealer not in given and server.place(name) in server.roster.holders(dealer):
+                reason = f"{name} has no share of its secrets that can be opened, or keeps it back"
+                server = _fault(server, server.roster.names[dealer], reason, "ShareKeys")
     return server._replace(revealed=found), {}
 
 

@@ -82,7 +82,7 @@ def open_round(
     meeting = Meeting(terms, session, round_number, values, bits)
     started = Session(
         meeting,
-        servers.begin(meeting, own.directory, tuple(names)),
+        servers.begin(meeting, own.directory, tuple(names), model),
         {},
         {},
         dict.fromkeys(names, (0, 0)),

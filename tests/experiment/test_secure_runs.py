@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fedjax_llm.privacy.skellam import Skellam
 from small_private import entries
 from small_run import changed, go, outcome, write_small
 
@@ -16,6 +15,7 @@ from fedjax_llm.federation.availability import Availability
 from fedjax_llm.peft import read_adapter
 from fedjax_llm.privacy.dp_fedsgd import DpFedSgd
 from fedjax_llm.privacy.guarantee import Privacy
+from fedjax_llm.privacy.skellam import Skellam
 from fedjax_llm.runs import metrics
 from fedjax_llm.secure.sec_agg import SecAgg
 from fedjax_llm.training.optimizers import Optimizer
@@ -122,13 +122,12 @@ def test_a_round_too_few_are_left_of_is_told_and_stays_charged(small: Experiment
 @pytest.mark.parametrize("colluders", [0, 1])
 def test_shares_of_the_noise_run_end_to_end(small: Experiment, colluders: int, tmp_path: Path):
     experiment = noisy(small, secure=SecAgg(threshold=3, colluders=colluders))
-    status, shown = go(experiment, tmp_path / "run")
-    assert status == 0
+    assert go(experiment, tmp_path / "run")[0] == 0
     stated = json.loads((tmp_path / "run/summary.json").read_text())
     assert "server" in stated["privacy"]["adversary"]
     assert "every site's share of the noise" in dict(stated["secure"]["saw"])["server"]
     assert stated["privacy"]["epsilon"] > 0
-    again, _ = go(experiment, tmp_path / "again")
+    go(experiment, tmp_path / "again")
     assert outcome(tmp_path / "again") == outcome(tmp_path / "run")
 
 

@@ -5,8 +5,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from fedjax_llm.secure.sec_agg import SecAgg
-from fedjax_llm.secure.simulation import identities
 from toy_rounds import KEY, play, toy_plan, toy_trainer
 
 from fedjax_llm.aggregation.fedadam import FedAdam
@@ -18,6 +16,8 @@ from fedjax_llm.federation.availability import Availability, answers
 from fedjax_llm.federation.local_work import weights
 from fedjax_llm.federation.plan import Federation, RoundPlan, Secure
 from fedjax_llm.secure import ring
+from fedjax_llm.secure.sec_agg import SecAgg
+from fedjax_llm.secure.simulation import identities
 from fedjax_llm.training.client_update import LocalTraining
 
 LOCAL = LocalTraining(batch_size=2, local_steps=2)

@@ -4,7 +4,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from fedjax_llm.secure.sec_agg import SecAgg
 
 from fedjax_llm import adversaries, aggregation
 from fedjax_llm.adversaries.label_flip import LabelFlip
@@ -14,6 +13,7 @@ from fedjax_llm.config import Experiment, Output
 from fedjax_llm.errors import UserError
 from fedjax_llm.federation.availability import Asynchronous
 from fedjax_llm.federation.plan import Federation
+from fedjax_llm.secure.sec_agg import SecAgg
 from fedjax_llm.types import Sum
 
 SECURE = SecAgg()
