@@ -161,7 +161,7 @@ def draw(found: Sequence[Case], path: Path) -> None:
 
     epsilons = sorted({case.epsilon for case in found})
     figure, axes = plt.subplots(
-        1, len(epsilons), figsize=(3.6 * len(epsilons), 3.4), layout="constrained", squeeze=False
+        1, len(epsilons), figsize=(3.6 * len(epsilons), 3.4), layout="constrained", squeeze=False, sharey=True
     )
     for axis, epsilon in zip(axes[0], epsilons, strict=True):
         for kind, colour, name in (("discrete gaussian", "#8d877c", "DDGauss"), ("skellam", "#b23a18", "Skellam")):
@@ -169,6 +169,8 @@ def draw(found: Sequence[Case], path: Path) -> None:
             axis.plot([c.bits for c in own], [np.mean(c.ratios) for c in own], "o-", color=colour, label=name)
         axis.axhline(1.05, color="#67625a", linewidth=0.8, linestyle="--")
         axis.set(yscale="log", xlabel="bits a value", title=f"epsilon {epsilon:g}")
+        axis.set_yticks([1, 1.5, 2, 3, 5], ["1", "1.5", "2", "3", "5"])
+        axis.minorticks_off()
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("squared error over the central Gaussian's")

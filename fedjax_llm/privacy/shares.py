@@ -43,14 +43,28 @@ class Noise(Protocol):
     """
 
     @property
-    def bits(self) -> int: ...  # noqa: D102
+    def bits(self) -> int:
+        """Of the modulus."""
+        ...
+
     @property
-    def tail(self) -> float: ...  # noqa: D102
+    def tail(self) -> float:
+        """Standard deviations."""
+        ...
+
     @property
-    def beta(self) -> float: ...  # noqa: D102
+    def beta(self) -> float:
+        """A share of draws."""
+        ...
+
     @property
-    def kind(self) -> Literal["discrete gaussian", "skellam"]: ...  # noqa: D102
-    def draw(self, stddev: float) -> Callable[[bytes, int], np.ndarray]: ...  # noqa: D102
+    def kind(self) -> Literal["discrete gaussian", "skellam"]:
+        """As events name it."""
+        ...
+
+    def draw(self, stddev: float) -> Callable[[bytes, int], np.ndarray]:
+        """(32-byte key, size) -> int64 [size] of this standard deviation."""
+        ...
 
 
 class Messages(NamedTuple):
