@@ -7,7 +7,7 @@ protocol the stage raises a :class:`~fedjax_llm.secure.messages.ProtocolError`, 
 nothing that it has sent until then tells its input.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -180,10 +180,10 @@ def mask(
     shares = {dealer: both for dealer, both in opened.items() if both is not None}
     masks, total = masks or primitives.Masks(meeting.values, meeting.bits), vector.copy()
     masks.add(total, client.seed, 1)
-    own = primitives.private_key(client.mask_secret, "mask")
+    own, bound = primitives.private_key(client.mask_secret, "mask"), dealers_hash(roster, members)
     for other in near:
         if other != place:
-            masks.add(total, pair_seed(meeting, roster, own, place, other), 1 if other > place else -1)
+            masks.add(total, pair_seed(meeting, roster, own, place, other, bound), 1 if other > place else -1)
     client = client._replace(done=3, shared=frozenset(members), shares=shares)
     return client, encode("MaskedInput", meeting, client.name, total.tobytes())
 
@@ -260,8 +260,9 @@ def verified(meeting: Meeting, directory: Mapping[str, bytes], members: list[lis
 
 
 def advertisement(meeting: Meeting, name: str, cipher: bytes, key: bytes, model: bytes) -> bytes:
-    """What a client signs about its keys."""
-    return primitives.packed("AdvertiseKeys", meeting.session, meeting.round, name, cipher, key, model)
+    """What a client signs about its keys: with them, the terms that it takes part under."""
+    about = (meeting.session, meeting.round, *meeting.terms, meeting.values, meeting.bits)
+    return primitives.packed("AdvertiseKeys", *about, name, cipher, key, model)
 
 
 def agreement(meeting: Meeting, roster: Roster, survivors: tuple[int, ...]) -> bytes:
@@ -275,10 +276,28 @@ def commitment(meeting: Meeting, roster: Roster, dealer: int, kind: str, place: 
     return sharing.commitment(about, kind, place, secret)
 
 
-def pair_seed(meeting: Meeting, roster: Roster, own: X25519PrivateKey, place: int, other: int) -> bytes:
-    """The seed of the mask between two clients, from one's private mask key and the other's public one."""
+def dealers_hash(roster: Roster, dealers: Sequence[int]) -> bytes:
+    """Hash of all keys and of who dealt shares (places, ascending).
+
+    Masks are bound to it: between clients that the server told of other dealers they do not cancel. Otherwise it could
+    have a client leave out the masks with some of its neighbours, and cut the graph there.
+    """
+    return primitives.digest("dealers", roster.transcript, *dealers)
+
+
+def pair_seed(meeting: Meeting, roster: Roster, own: X25519PrivateKey, place: int, other: int, bound: bytes) -> bytes:
+    """The seed of the mask between two clients, from one's private mask key and the other's public one.
+
+    Args:
+      meeting: the round.
+      roster: everybody's keys.
+      own: the one's private key.
+      place: the one's.
+      other: the other's place.
+      bound: from :func:`dealers_hash`.
+    """
     first, second = sorted((place, other))
-    about = ("pair mask", meeting.session, meeting.round, roster.transcript, roster.names[first], roster.names[second])
+    about = ("pair mask", meeting.session, meeting.round, bound, roster.names[first], roster.names[second])
     return primitives.derived(_agreed(own, roster.mask[other], roster.names[other]), primitives.SECRET, *about)
 
 

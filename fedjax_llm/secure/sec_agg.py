@@ -73,14 +73,16 @@ class SecAgg:
         neighbours = clients - 1 if self.neighbours is None else self.neighbours
         if neighbours > clients - 1:
             raise UserError(f"secure.neighbours is {neighbours}, but a client has only {clients - 1} others in a round")
-        if neighbours % 2 and neighbours < clients - 1:
+        sparse = neighbours < clients - 1
+        if sparse and neighbours % 2:
             raise UserError(
                 f"secure.neighbours is {neighbours}, and if a client leaves before the graph is drawn an odd number of "
                 f"clients cannot have an odd number of neighbours each. Set it to {neighbours - 1} or {neighbours + 1}"
             )
         holders = neighbours + 1
         threshold = min(holders, 2 * holders // 3 + 1) if self.threshold is None else self.threshold
-        least = max((holders + self.colluders) // 2 + 1, self.colluders + 2)
+        # On the ring one more: colluders, and clients that are said to have left, must not cut it into arcs.
+        least = max((holders + self.colluders + sparse) // 2 + 1, self.colluders + 2)
         if not least <= threshold <= holders:
             raise UserError(
                 f"secure.threshold is {threshold} of {holders} shares (secure.neighbours and the client itself) with "
@@ -89,10 +91,12 @@ class SecAgg:
                 "colluders left around it"
             )
         survivors = math.ceil(clients * threshold / holders) if self.survivors is None else self.survivors
-        if not max(2 + self.colluders, threshold if holders == clients else 2) <= survivors <= clients:
+        # Above half: two lists of survivors cannot both be signed by so many.
+        least = max(2 + self.colluders, (clients + self.colluders) // 2 + 1, threshold)
+        if not least <= survivors <= clients:
             raise UserError(
                 f"secure.survivors is {survivors} of {clients} clients, with a threshold of {threshold} and "
-                f"{self.colluders} colluders: it must be at least {2 + self.colluders} (or a colluder could subtract "
-                "all inputs but one), at least the threshold where all are neighbours, and at most all clients"
+                f"{self.colluders} colluders: it must be from {least} to {clients}, or colluders could subtract all "
+                "inputs but one, or the server could tell different parts of the clients different survivors"
             )
         return Terms(clients, neighbours, threshold, survivors, self.colluders)

@@ -12,10 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedjax_llm.secure import primitives, sharing
-from fedjax_llm.secure.client import STAGES, Roster, agreement, commitment, pair_seed, verified
+from fedjax_llm.secure.client import STAGES, Roster, agreement, commitment, dealers_hash, pair_seed, verified
 from fedjax_llm.secure.graph import connected
 from fedjax_llm.secure.messages import SERVER, Meeting, ProtocolError, ascending, decode, encode
 from fedjax_llm.secure.outcome import Abandoned, Fault, Outcome
+
+_MOST_FAULTS = 16
+"""On record, for each client of the round."""
 
 
 class Server(NamedTuple):
@@ -123,7 +126,7 @@ def result(server: Server) -> Outcome:
     assert server.roster is not None
     assert server.total is not None
     meeting, roster, total = server.meeting, server.roster, server.total.copy()
-    masks = primitives.Masks(meeting.values, meeting.bits)
+    masks, bound = primitives.Masks(meeting.values, meeting.bits), dealers_hash(roster, sorted(server.dealt))
     for dealer in sorted(server.dealt):
         if dealer in server.survivors:
             masks.add(total, _secret(server, dealer, "seed"), -1)
@@ -133,7 +136,7 @@ def result(server: Server) -> Outcome:
         near = [other for other in roster.graph[dealer] if other in server.survivors]
         own = primitives.private_key(_secret(server, dealer, "key"), "mask")
         for other in near:  # the survivor's mask is still in the sum: with plus if the dropped one comes after it
-            masks.add(total, pair_seed(meeting, roster, own, dealer, other), -1 if dealer > other else 1)
+            masks.add(total, pair_seed(meeting, roster, own, dealer, other, bound), -1 if dealer > other else 1)
     return Outcome(total, tuple(roster.names[place] for place in server.survivors), server.faults)
 
 
@@ -288,7 +291,9 @@ def _secret(server: Server, dealer: int, kind: str) -> bytes:
 
 
 def _fault(server: Server, client: str, reason: str, stage: str | None = None) -> Server:
-    """The server with one more fault on record."""
+    """The server with one more fault on record, as long as there are not very many: a flood must not fill memory."""
+    if len(server.faults) >= _MOST_FAULTS * server.meeting.terms.clients:
+        return server
     at = stage or (STAGES[server.stage] if server.stage < len(STAGES) else "the end")
     return server._replace(faults=(*server.faults, Fault(client, at, reason)))
 

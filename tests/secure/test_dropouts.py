@@ -1,4 +1,4 @@
-"""Clients leave at any stage: the sum is that of those who submitted, or the round is abandoned when the rules say so."""
+"""Clients leave at any stage: the sum is of those who submitted, or the round is abandoned when the rules say so."""
 
 from collections.abc import Iterator, Sequence
 from itertools import combinations
@@ -18,7 +18,7 @@ from fedjax_llm.secure.outcome import Abandoned, Outcome
 from fedjax_llm.secure.sec_agg import SecAgg, Terms
 from fedjax_llm.secure.simulation import run_round
 
-RING = SecAgg(threshold=2, neighbours=2, survivors=2).make(5)
+RING = Terms(5, 2, 2, 2, 0)
 """Sparse, 2 of 3 open a secret, 2 survivors."""
 STRICT_RING = SecAgg(threshold=3, neighbours=2, survivors=3).make(5)
 Names = frozenset[str]
@@ -167,7 +167,7 @@ def one_ending(terms: Terms, stayed: Sequence[Names]) -> bool:
     return check(terms, played.server.roster, seen, found, dict(played.vectors))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     st.integers(3, 64), st.sampled_from([None, 2, 4, 6, 8]), st.integers(0, 2**32), st.sampled_from([0.02, 0.05, 0.1])
 )
@@ -182,9 +182,9 @@ def test_any_number_of_clients_on_both_graphs(count: int, neighbours: int | None
     ("count", "settings_", "chance"),
     [
         (12, {"threshold": 7}, 0.06),
-        (20, {"neighbours": 4, "survivors": 4}, 0.04),
-        (24, {"neighbours": 6, "threshold": 4, "survivors": 5}, 0.08),
-        (64, {"neighbours": 8, "threshold": 5, "survivors": 8}, 0.03),
+        (20, {"neighbours": 4, "survivors": 11}, 0.04),
+        (24, {"neighbours": 6, "threshold": 5, "survivors": 13}, 0.04),
+        (64, {"neighbours": 8, "threshold": 6, "survivors": 33}, 0.03),
     ],
 )
 def test_some_rounds_end_with_a_sum_and_some_do_not(count: int, settings_: dict[str, int], chance: float):
@@ -196,10 +196,9 @@ def test_some_rounds_end_with_a_sum_and_some_do_not(count: int, settings_: dict[
 
 def test_a_survivor_that_is_cut_off_from_the_others_ends_the_round():
     """Two on opposite sides of a ring: each sum would be an input."""
-    terms = SecAgg(threshold=2, neighbours=2, survivors=2).make(6)
+    terms = Terms(6, 2, 2, 2, 0)
     played = start(terms)
     everybody = frozenset(names(6))
-    played = closed(closed(played, answers(played), everybody), {}, frozenset()) if False else played
     for _ in range(2):
         played = closed(played, answers(played), everybody)
     roster = played.server.roster
@@ -217,19 +216,19 @@ def test_a_survivor_that_is_cut_off_from_the_others_ends_the_round():
 
 def test_too_few_signatures_end_a_sparse_round_before_anything_is_opened():
     """Enough signed, but not around one client: no client is asked to unmask."""
-    terms = SecAgg(neighbours=4, survivors=4).make(20)
+    terms = Terms(20, 4, 4, 4, 0)
     played, everybody = start(terms), frozenset(names(20))
     for _ in range(3):
         played = closed(played, answers(played), everybody)
     roster = played.server.roster
     assert roster is not None
     around = {roster.names[place] for place in roster.graph[0][:2]}
-    with pytest.raises(Abandoned, match="3 holders of .* shares are left"):
+    with pytest.raises(Abandoned, match=r"3 holders of .* shares are left"):
         closed(played, answers(played), everybody - around)
 
 
 def test_too_few_keys_for_the_threshold_end_a_sparse_round():
-    terms = SecAgg(neighbours=10, survivors=3).make(20)
+    terms = Terms(20, 10, 8, 3, 0)
     played = start(terms)
     with pytest.raises(Abandoned, match="5 clients are too few for 8 holders"):
         closed(played, answers(played), frozenset(names(20)[:5]))

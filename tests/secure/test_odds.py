@@ -16,7 +16,7 @@ SMALL = [(7, 2, 2), (7, 2, 3), (8, 4, 3), (8, 4, 4), (8, 4, 5), (9, 6, 5)]
 
 def terms_of(n: int, k: int, t: int) -> Terms:
     """Terms with this threshold."""
-    return SecAgg(threshold=t, neighbours=k, survivors=2).make(n)
+    return Terms(n, k, t, 2, 0)
 
 
 def is_opened(t: int, k: int, dishonest: int) -> bool:

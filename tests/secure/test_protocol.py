@@ -140,8 +140,10 @@ def unmasked_but(left_on: str | int) -> tuple[np.ndarray, np.ndarray]:
     if left_on != "seed":
         masks.add(found, me.seed, -1)
     own = primitives.private_key(me.mask_secret, "mask")
+    bound = clients.dealers_hash(me.roster, range(5))
     for other in {0, 2, 3, 4} - {left_on}:
-        masks.add(found, clients.pair_seed(opened.meeting, me.roster, own, place, other), -1 if other > place else 1)
+        seed = clients.pair_seed(opened.meeting, me.roster, own, place, other, bound)
+        masks.add(found, seed, -1 if other > place else 1)
     return vectors[name], found
 
 
@@ -166,6 +168,7 @@ def test_pairs_have_their_own_masks_and_every_round_others():
         for one, me in enumerate(played.clients.values()):
             assert me.roster is not None
             own = primitives.private_key(me.mask_secret, "mask")
+            bound = clients.dealers_hash(me.roster, range(5))
             for other in set(range(5)) - {one}:
                 seeds.add(
                     (
@@ -173,7 +176,7 @@ def test_pairs_have_their_own_masks_and_every_round_others():
                         number,
                         min(one, other),
                         max(one, other),
-                        clients.pair_seed(played.meeting, me.roster, own, one, other),
+                        clients.pair_seed(played.meeting, me.roster, own, one, other, bound),
                     )
                 )
             seeds.add((session, number, one, one, me.seed))

@@ -38,7 +38,7 @@ def test_on_a_sparse_graph_the_share_of_survivors_is_that_of_the_holders(clients
 
 
 def test_what_is_asked_for_is_what_is_agreed():
-    assert SecAgg(5, 6, 7, 2).make(8) == Terms(8, 6, 5, 7, 2)
+    assert SecAgg(6, 6, 7, 2).make(8) == Terms(8, 6, 6, 7, 2)
 
 
 @pytest.mark.parametrize("clients", [3, 4, 5, 6, 7])
@@ -54,6 +54,8 @@ def test_accepted_terms_protect_by_counting(clients: int):
             seeds, keys = honest + colluders, holders - colluders - honest + colluders
             assert not (seeds >= t and keys >= t)
         assert survivors - colluders >= 2
+        # Two lists of survivors: who signs both is a colluder.
+        assert not (survivors <= n and 2 * survivors - n <= colluders)
         # Of the t holders that must be left one is the client itself.
         assert t - 1 - colluders >= 1
         assert survivors <= n
@@ -61,13 +63,15 @@ def test_accepted_terms_protect_by_counting(clients: int):
 
 @pytest.mark.parametrize("clients", [5, 6, 7])
 def test_no_safe_terms_are_refused(clients: int):
-    """The refusals are exactly the counts above, the threshold of the complete graph, and odd sparse graphs."""
+    """The refusals are exactly the counts above, one holder more on the ring, and odd sparse graphs."""
     safe = set()
     for k, t, survivors, colluders in product(
         range(2, clients), range(2, clients + 1), range(2, clients + 1), range(9)
     ):
-        counts = t <= k + 1 and k + 1 + colluders < 2 * t and t >= colluders + 2 and survivors >= 2 + colluders
-        if counts and (survivors >= t if k == clients - 1 else k % 2 == 0):
+        sparse = k < clients - 1
+        counts = t <= k + 1 and k + 1 + colluders + sparse < 2 * t and t >= colluders + 2
+        signed = survivors >= max(2 + colluders, t) and 2 * survivors > clients + colluders
+        if counts and signed and not (sparse and k % 2):
             safe.add(Terms(clients, k, t, survivors, colluders))
     assert set(accepted(clients)) == safe
 
@@ -101,8 +105,8 @@ def test_impossible_values_are_refused_when_they_are_written(settings: dict[str,
         ({"threshold": 6, "colluders": 4}, 8, r"secure\.threshold is 6 of 8 shares.*4 colluders.*from 7 to 8"),
         ({"threshold": 3, "neighbours": 2, "colluders": 2}, 8, r"secure\.threshold is 3 of 3 shares.*from 4 to 3"),
         ({"survivors": 9}, 8, r"secure\.survivors is 9 of 8 clients"),
-        ({"survivors": 5}, 8, r"secure\.survivors is 5 of 8.*at least the threshold where all are neighbours"),
-        ({"neighbours": 4, "survivors": 2, "colluders": 1}, 8, r"secure\.survivors is 2.*at least 3 .*colluder could"),
+        ({"survivors": 5}, 8, r"secure\.survivors is 5 of 8.*from 6 to 8"),
+        ({"neighbours": 4, "survivors": 2, "colluders": 1}, 8, r"secure\.survivors is 2.*from 5 to 8"),
     ],
 )
 def test_terms_that_protect_nobody_are_refused_by_field(settings: dict[str, Any], clients: int, message: str):
