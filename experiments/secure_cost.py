@@ -216,8 +216,8 @@ def plot_growth(cases: Sequence[dict[str, Any]], path: Path) -> None:
 def _box(dealer: clients.Client, holder: clients.Client, place: int) -> list[Any]:
     """What a dealer would seal for the holder, with random bytes for shares."""
     dealer = dealer._replace(roster=holder.roster, place=place)
-    lock = primitives.private_key(dealer.cipher_secret, "cipher")
-    _, *rest = clients.boxed(dealer, lock, holder.place, primitives.fresh(), primitives.fresh())
+    dealer = dealer._replace(agreed=clients.agreed_with(dealer, [holder.place]))
+    _, *rest = clients.boxed(dealer, holder.place, primitives.fresh(), primitives.fresh())
     return [place, *rest]
 
 

@@ -58,6 +58,7 @@ class Client(NamedTuple):
       done: stages.
       roster: after ShareKeys.
       place: its own in the roster.
+      agreed: secrets that it shares with its holders, by place.
       shared: after MaskedInput, who dealt shares, by place.
       shares: of those whose shares it could open: their seed's and their mask key's, by place.
       survivors: after ConsistencyCheck, whose inputs the server has.
@@ -74,6 +75,7 @@ class Client(NamedTuple):
     done: int = 0
     roster: Roster | None = None
     place: int = -1
+    agreed: Mapping[int, bytes] = {}
     shared: frozenset[int] = frozenset()
     shares: Mapping[int, tuple[bytes, bytes]] = {}
     survivors: tuple[int, ...] = ()
@@ -121,25 +123,31 @@ def share(client: Client, data: bytes) -> tuple[Client, bytes]:
     if len(holders) < terms.threshold or len(roster.names) < terms.survivors:
         raise ProtocolError(SERVER, f"it goes on with {len(roster.names)} clients, too few to open anything")
     seeds, keys = (sharing.dealt(secret, terms.threshold, len(holders)) for secret in (client.seed, client.mask_secret))
-    lock = primitives.private_key(client.cipher_secret, "cipher")
-    boxes = [boxed(client, lock, *one) for one in zip(holders, seeds, keys, strict=True)]
+    client = client._replace(agreed=agreed_with(client, holders))
+    boxes = [boxed(client, *one) for one in zip(holders, seeds, keys, strict=True)]
     own = commitment(client.meeting, roster, place, "seed", 0, client.seed)
     return client, encode("ShareKeys", client.meeting, client.name, own, boxes)
 
 
-def boxed(client: Client, lock: X25519PrivateKey, holder: int, seed: bytes, key: bytes) -> list[Any]:
+def agreed_with(client: Client, holders: Sequence[int]) -> dict[int, bytes]:
+    """The secrets that a client shares with holders (places), from which the keys of boxes are derived."""
+    roster, own = client.roster, primitives.private_key(client.cipher_secret, "cipher")
+    assert roster is not None
+    return {holder: _agreed(own, roster.cipher[holder], roster.names[holder]) for holder in holders}
+
+
+def boxed(client: Client, holder: int, seed: bytes, key: bytes) -> list[Any]:
     """A holder's shares of both secrets, sealed for it, with the commitments to them.
 
     Args:
       client: the dealer.
-      lock: its private key for sealing shares.
       holder: the holder's place.
       seed: share of the seed.
       key: share of what the mask key is derived from.
     """
     meeting, roster, place = client.meeting, client.roster, client.place
     assert roster is not None
-    box = primitives.sealed(_lock(client, lock, place, holder), seed + key, _about(client, place, holder))
+    box = primitives.sealed(_lock(client, place, holder), seed + key, _about(client, place, holder))
     index = roster.holders(place).index(holder) + 1
     return [holder, box, *(commitment(meeting, roster, place, kind, index, own) for kind, own in _kinds(seed, key))]
 
@@ -175,8 +183,7 @@ def mask(
         raise ProtocolError(SERVER, "the shares that it passes on are not of the clients that it says dealt some")
     if len(near) < meeting.terms.threshold or len(members) < meeting.terms.survivors:
         raise ProtocolError(SERVER, f"it goes on with {len(members)} clients, too few to open anything")
-    lock = primitives.private_key(client.cipher_secret, "cipher")
-    opened = {dealer: _opened(client, lock, dealer, *rest) for dealer, *rest in boxes}
+    opened = {dealer: _opened(client, dealer, *rest) for dealer, *rest in boxes}
     shares = {dealer: both for dealer, both in opened.items() if both is not None}
     masks, total = masks or primitives.Masks(meeting.values, meeting.bits), vector.copy()
     masks.add(total, client.seed, 1)
@@ -309,13 +316,11 @@ def _received(client: Client, kind: str, done: int, data: bytes) -> list[Any]:
     return decode(kind, client.meeting, SERVER, data)
 
 
-def _opened(
-    client: Client, lock: X25519PrivateKey, dealer: int, box: bytes, seed_check: bytes, key_check: bytes
-) -> tuple[bytes, bytes] | None:
+def _opened(client: Client, dealer: int, box: bytes, seed_check: bytes, key_check: bytes) -> tuple[bytes, bytes] | None:
     """The shares that a dealer sealed for this client, if they are those that it committed to."""
     roster, place = client.roster, client.place
     assert roster is not None
-    opened = primitives.unsealed(_lock(client, lock, dealer, place), box, _about(client, dealer, place))
+    opened = primitives.unsealed(_lock(client, dealer, place), box, _about(client, dealer, place))
     if opened is None:
         return None
     seed, key = opened[: primitives.SECRET], opened[primitives.SECRET :]
@@ -326,11 +331,9 @@ def _opened(
     return seed, key
 
 
-def _lock(client: Client, own: X25519PrivateKey, dealer: int, holder: int) -> bytes:
+def _lock(client: Client, dealer: int, holder: int) -> bytes:
     """The key of the box from a dealer to a holder, one of whom is this client; each direction has its own."""
-    roster, other = client.roster, holder if client.place == dealer else dealer
-    assert roster is not None
-    secret = _agreed(own, roster.cipher[other], roster.names[other])
+    secret = client.agreed[holder if client.place == dealer else dealer]
     return primitives.derived(secret, primitives.PUBLIC, "share box", _about(client, dealer, holder))
 
 

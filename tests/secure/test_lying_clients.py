@@ -256,7 +256,7 @@ def _pairs(seed: bytes, key: bytes) -> list[tuple[bytes, bytes]]:
 
 def boxed(me: Client, holder: int, seed: bytes, key: bytes) -> list[Any]:
     """As an honest dealer does."""
-    return clients.boxed(me, primitives.private_key(me.cipher_secret, "cipher"), holder, seed, key)
+    return clients.boxed(me, holder, seed, key)
 
 
 def spoilt(me: Client, holder: int, seed: bytes, key: bytes) -> list[Any]:
