@@ -147,7 +147,8 @@ def boxed(client: Client, holder: int, seed: bytes, key: bytes) -> list[Any]:
     """
     meeting, roster, place = client.meeting, client.roster, client.place
     assert roster is not None
-    box = primitives.sealed(_lock(client, place, holder), seed + key, _about(client, place, holder))
+    about = _about(client, place, holder)
+    box = primitives.sealed(_lock(client, holder, about), seed + key, about)
     index = roster.holders(place).index(holder) + 1
     return [holder, box, *(commitment(meeting, roster, place, kind, index, own) for kind, own in _kinds(seed, key))]
 
@@ -320,7 +321,8 @@ def _opened(client: Client, dealer: int, box: bytes, seed_check: bytes, key_chec
     """The shares that a dealer sealed for this client, if they are those that it committed to."""
     roster, place = client.roster, client.place
     assert roster is not None
-    opened = primitives.unsealed(_lock(client, dealer, place), box, _about(client, dealer, place))
+    about = _about(client, dealer, place)
+    opened = primitives.unsealed(_lock(client, dealer, about), box, about)
     if opened is None:
         return None
     seed, key = opened[: primitives.SECRET], opened[primitives.SECRET :]
@@ -331,10 +333,9 @@ def _opened(client: Client, dealer: int, box: bytes, seed_check: bytes, key_chec
     return seed, key
 
 
-def _lock(client: Client, dealer: int, holder: int) -> bytes:
-    """The key of the box from a dealer to a holder, one of whom is this client; each direction has its own."""
-    secret = client.agreed[holder if client.place == dealer else dealer]
-    return primitives.derived(secret, primitives.PUBLIC, "share box", _about(client, dealer, holder))
+def _lock(client: Client, other: int, about: bytes) -> bytes:
+    """The key of a box between this client and another; each direction has its own, by what it is about."""
+    return primitives.derived(client.agreed[other], primitives.PUBLIC, "share box", about)
 
 
 def _about(client: Client, dealer: int, holder: int) -> bytes:

@@ -25,14 +25,16 @@ HASH = 32
 SEALED = 12 + 2 * SECRET + 16
 """Bytes of two shares under the AEAD: nonce, both shares, tag."""
 _PROTOCOL = b"fedjax_llm secure aggregation, version 1"
+_HEAD = len(_PROTOCOL).to_bytes(8, "big") + _PROTOCOL
 
 
 def packed(*parts: bytes | str | int) -> bytes:
     """Parts one after another, each with its length before it, so that no two lists give the same bytes."""
-    found = [_PROTOCOL]
+    found = [_HEAD]
     for part in parts:
-        found.append(part.encode() if isinstance(part, str) else str(part).encode() if isinstance(part, int) else part)
-    return b"".join(len(part).to_bytes(8, "big") + part for part in found)
+        data = part if isinstance(part, bytes) else str(part).encode()
+        found += (len(data).to_bytes(8, "big"), data)
+    return b"".join(found)
 
 
 def digest(*parts: bytes | str | int) -> bytes:
