@@ -240,8 +240,9 @@ def _box(dealer: clients.Client, holder: clients.Client, place: int) -> list[Any
     return [place, *rest]
 
 
-def _opened(terms: Terms, names: Sequence[str], values: int = VALUES + ring.EXTRA) -> simulation.Session:
-    """A round whose inputs can be sent."""
+def _opened(terms: Terms, names: Sequence[str], values: int | None = None) -> simulation.Session:
+    """A round whose inputs can be sent, of ``VALUES`` numbers where nothing else is said."""
+    values = VALUES + ring.EXTRA if values is None else values
     own = simulation.identities(names)
     return simulation.open_round(terms, own, names, session=bytes(16), round_number=1, model=bytes(32), values=values)
 

@@ -99,6 +99,13 @@ def test_no_file_of_the_run_holds_a_sites_own_figures(ended: Any):
         assert line["secure"] == {"clients": 3, "survivors": 3, "dropped": [], "cut": 0, "abandoned": None}
 
 
+def test_sites_own_figures_can_be_left_out_without_it_too(small: Experiment, tmp_path: Path):
+    go(changed(small, output__client_metrics=False, federation__rounds=1), tmp_path / "run")
+    (line,) = metrics.read(tmp_path / "run/metrics.jsonl")
+    assert line["loss"] > 0
+    assert {key for site in line["sites"].values() for key in site} == {"download_bytes", "upload_bytes"}
+
+
 def test_a_run_that_is_done_again_gives_the_same_bits(safe: Experiment, ended: Any, tmp_path: Path):
     go(safe, tmp_path / "again")
     assert outcome(tmp_path / "again") == outcome(ended[0])

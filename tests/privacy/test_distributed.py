@@ -182,6 +182,14 @@ def test_the_server_knows_the_cohort_so_that_drawing_it_does_not_count():
     assert how.stddev > 0
 
 
+def test_a_secret_cohort_is_refused_where_the_protocol_tells_everybody_who_takes_part():
+    few = SITES._replace(cohort=4)
+    with pytest.raises(UserError, match=r"federation\.cohort is 4 of .* no cohort is secret.*distributed=Skellam"):
+        DpFedAvg(1.0, 1.0).make(few, POPULATION, GIVEN)
+    DpFedAvg(1.0, 1.0).make(few._replace(secure=False), POPULATION, GIVEN)
+    DpFedAvg(1.0, 1.0).make(few._replace(cohort=None), POPULATION, GIVEN)
+
+
 def test_an_owner_at_two_sites_is_accounted_for_by_taking_skellam_noise_apart():
     population = POPULATION._replace(shared=(("a", "b"),))
     regime = RECORDS._replace(unit="patient")
