@@ -11,6 +11,7 @@ from small_run import changed, go, outcome, write_small
 
 from fedjax_llm.config import Experiment, load
 from fedjax_llm.errors import UserError
+from fedjax_llm.experiment import training_loop
 from fedjax_llm.federation.availability import Availability
 from fedjax_llm.peft import read_adapter
 from fedjax_llm.privacy.dp_fedsgd import DpFedSgd
@@ -124,6 +125,28 @@ def test_a_round_too_few_are_left_of_is_told_and_stays_charged(small: Experiment
     assert [number for number, _ in entries(tmp_path / "run")] == [1, 2, 3, 4]
     found = json.loads((tmp_path / "run/summary.json").read_text())["secure"]
     assert found["abandoned"] == len(abandoned)
+
+
+def test_a_run_that_is_stopped_and_resumed_gives_the_same_bits(
+    small: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """With other signing keys, sessions and masks: none of them is in a result."""
+    experiment = noisy(small, secure=SecAgg(threshold=3))
+    go(experiment, tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        rounds = iter([training_loop.run_round])  # one round, then Ctrl-C
+
+        def once(*args: Any) -> Any:
+            chosen = next(rounds, None)
+            if chosen is None:
+                raise KeyboardInterrupt
+            return chosen(*args)
+
+        patched.setattr(training_loop, "run_round", once)
+        assert go(experiment, tmp_path / "stopped")[0] == 130
+    assert len(metrics.read(tmp_path / "stopped/metrics.jsonl")) == 1
+    assert go(experiment, tmp_path / "stopped", resume=True)[0] == 0
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("colluders", [0, 1])
