@@ -7,7 +7,6 @@ import io
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,9 +122,8 @@ def quickstart_case(repeats: int) -> dict[str, Any]:
     experiment = load(QUICKSTART)
     prepared = prepare(experiment, RunProgress(1, Console(file=io.StringIO())))
     assert prepared.plan is not None
-    with_secure = replace(experiment, secure=SecAgg())
     plain = prepared.plan._replace(measure_error=False)
-    secured = plain._replace(secure=secure_of(with_secure, plain))
+    secured = plain._replace(secure=secure_of(SecAgg(), experiment, plain))
     state = initial_state(plain, prepared.adapters)
 
     def one(plan: Any) -> float:

@@ -175,6 +175,11 @@ class Experiment:
         if self.privacy.mechanism is not None and self.setting != "base":
             self.privacy.check(regime_of(self))
 
+    @property
+    def secured(self) -> SecAgg | None:
+        """``secure``, where there is a server to hide messages from."""
+        return self.secure if self.setting == "federated" else None
+
     def _check_algorithm(self) -> None:
         """Refuses what the aggregation cannot be combined with."""
         algorithm, name = self.aggregation.make(), type(self.aggregation).__name__
@@ -252,8 +257,8 @@ def regime_of(experiment: Experiment) -> Regime:
         finetunes=federated and federation.finetune_rounds > 0,
         unreliable=federated and federation.availability is not None,
         over_selection=1.0 if federation.availability is None else federation.availability.over_selection,
-        secure=federated and experiment.secure is not None,
-        colluders=experiment.secure.colluders if federated and experiment.secure is not None else 0,
+        secure=experiment.secured is not None,
+        colluders=0 if experiment.secured is None else experiment.secured.colluders,
     )
 
 

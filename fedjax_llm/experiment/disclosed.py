@@ -26,7 +26,7 @@ def disclosed(prepared: Prepared, lines: Sequence[Mapping[str, Any]]) -> dict[st
         terms,
         None if plan.mechanism is None else plan.mechanism.noised,
         values=low_rank.size(shared),
-        colluders=experiment.secure.colluders if experiment.secure is not None else 0,
+        colluders=0 if terms is None else terms.colluders,
         client_metrics=shows_clients(experiment),
     )
     rounds = [line["secure"] for line in lines if "secure" in line]

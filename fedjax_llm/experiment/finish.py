@@ -1,6 +1,6 @@
 """After the rounds: evaluation of base and tuned, the adapter in PEFT's format, the summary, the report."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -171,6 +171,7 @@ def summarise(
     experiment = prepared.experiment
     seed, resamples = experiment.seed, experiment.evaluation.bootstrap_resamples
     trainable = low_rank.size(prepared.adapters) if prepared.plan is not None else 0
+    lines = _lines(prepared, folder)
     figures = {name: summarise_evaluation(evaluation[name], seed, resamples) for name in ("base", "final")}
     pair = (evaluation["base"], evaluation["final"], seed, resamples)
     return {
@@ -181,13 +182,13 @@ def summarise(
         "trainable_parameters": trainable,
         "trainable_fraction": trainable / prepared.base.size,
         "lengths": {"train": length_counts(prepared.lengths), "test": length_counts(prepared.held_out.lengths)},
-        **_training(prepared, folder),
+        **_training(prepared, lines),
         **figures,
         "difference": {"macro": macro_paired_difference(*pair), "sites": paired_difference(*pair)},
         "data": {"version": prepared.dataset.version, "citation": prepared.dataset.citation},
         "model": {"name": prepared.base.name, "fingerprint": prepared.base.fingerprint},
         "privacy": privacy_of(prepared, folder, stopped),
-        "secure": disclosed(prepared, _lines(prepared, folder)),
+        "secure": disclosed(prepared, lines),
         "seed": experiment.seed,
     }
 
@@ -215,9 +216,8 @@ def _lines(prepared: Prepared, folder: Path) -> list[dict[str, Any]]:
     return metrics.read(log) if prepared.plan is not None and log.exists() else []
 
 
-def _training(prepared: Prepared, folder: Path) -> dict[str, Any]:
+def _training(prepared: Prepared, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The figures of the rounds, from their metrics; a resumed run counts all its parts."""
-    lines = _lines(prepared, folder)
     seconds, compiling = (sum(line["timing"][name] for line in lines) for name in ("seconds", "compile_seconds"))
     tokens = sum(line["tokens"] for line in lines)
     model = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(prepared.base.params))

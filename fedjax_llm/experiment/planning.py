@@ -28,6 +28,7 @@ from fedjax_llm.models.causal_lm import CausalLM
 from fedjax_llm.models.loading import BaseModel
 from fedjax_llm.privacy.mechanism import Mechanism
 from fedjax_llm.secure.ring import grid
+from fedjax_llm.secure.sec_agg import SecAgg
 from fedjax_llm.secure.simulation import identities
 from fedjax_llm.training.client_update import LocalTraining, Trainer
 from fedjax_llm.types import Adapters, Aggregation, Stack
@@ -82,15 +83,15 @@ def plan_of(
         malicious=malicious_sites(experiment, len(clients)),
         corrupt=experiment.attack.make().corrupt if experiment.attack is not None and federated else None,
     )
-    if experiment.secure is None or not federated:
+    if experiment.secured is None:
         return plan
-    return plan._replace(secure=secure_of(experiment, plan), measure_error=False)
+    return plan._replace(secure=secure_of(experiment.secured, experiment, plan), measure_error=False)
 
 
 def check_terms(experiment: Experiment, sites: int) -> None:
     """Refuses secure aggregation whose terms the rounds of so many sites cannot meet."""
-    if experiment.secure is not None and experiment.setting == "federated":
-        experiment.secure.make(selected(experiment, sites))
+    if experiment.secured is not None:
+        experiment.secured.make(selected(experiment, sites))
 
 
 def algorithm_of(aggregator: Any) -> Aggregation:
@@ -108,20 +109,24 @@ def _made(aggregator: Any) -> Aggregation:
     return aggregator.make()
 
 
-def secure_of(experiment: Experiment, plan: RoundPlan) -> Secure:
+def secure_of(secure: SecAgg, experiment: Experiment, plan: RoundPlan) -> Secure:
     """Secure aggregation of a plan's rounds: the grid on which no sum of any cohort can overflow, and signing keys.
+
+    Args:
+      secure: how.
+      experiment: with the cohort and the randomness.
+      plan: of the rounds.
 
     Raises:
       UserError: weights leave no room for the numbers.
     """
-    assert experiment.secure is not None
     sites = len(plan.clients)
     clients = selected(experiment, sites)
     largest = np.sort(weights(plan, plan.clients, sites))[-clients:]
     return Secure(
-        terms_of=experiment.secure.make,
+        terms_of=secure.make,
         identities=identities([client.name for client in plan.clients]),
-        grid=grid(experiment.secure.bound, clients, float(largest.sum())),
+        grid=grid(secure.bound, clients, float(largest.sum())),
         fresh=experiment.privacy.randomness == "secret",
     )
 

@@ -88,9 +88,8 @@ def protection(
     regime = regime_of(experiment)
     if experiment.setting == "centralised":  # the one client does the steps of the whole cohort
         regime = regime._replace(local_steps=regime.local_steps * (experiment.federation.cohort or len(sites)))
-    if regime.secure:
-        assert experiment.secure is not None
-        terms = experiment.secure.make(selected(experiment, len(sites)))
+    if experiment.secured is not None:
+        terms = experiment.secured.make(selected(experiment, len(sites)))
         regime = regime._replace(values=values, survivors=terms.survivors)
     mechanism = guarantee.build(experiment.privacy, regime, population, progress)
     assert mechanism is not None

@@ -118,7 +118,7 @@ def record_environment(folder: Path, resume: bool) -> None:
 def show_plan(prepared: Prepared, progress: RunProgress, console: Console) -> None:
     """Prints what is going to happen: model, adapters, sites, rounds, bytes."""
     experiment, base = prepared.experiment, prepared.base
-    trainable = low_rank.size(prepared.adapters)
+    trainable, shown = low_rank.size(prepared.adapters), disclosed(prepared, ())
     rows: list[tuple[str, Any]] = [
         ("setting", experiment.setting),
         ("model", f"{base.name}, {base.size:,} parameters, {experiment.model.dtype}"),
@@ -135,10 +135,9 @@ def show_plan(prepared: Prepared, progress: RunProgress, console: Console) -> No
             ("local training", f"{steps} of {plan.local.batch_size} examples, {plan.local.optimizer.name}"),
             ("microbatches", ", ".join(f"{shape.rows} x {shape.length} tokens" for shape in plan.shapes)),
         ]
-        if experiment.setting == "federated":
-            rows += federation_rows(prepared, plan)
+        if shown is not None:
+            rows += federation_rows(prepared, plan, shown["protocol"])
     console.print(settings_table(rows))
-    shown = disclosed(prepared, ())
     if shown is not None:
         console.print(settings_table(shown["saw"], title="Who sees what"))
     console.print(sites_table(site_counts(prepared)))
@@ -152,8 +151,8 @@ def show_plan(prepared: Prepared, progress: RunProgress, console: Console) -> No
                 progress.say(f"{count:,} {part} examples are longer than {experiment.data.max_length} tokens: {name}.")
 
 
-def federation_rows(prepared: Prepared, plan: RoundPlan) -> list[tuple[str, Any]]:
-    """How updates are aggregated, what becomes of them on the way, and their size."""
+def federation_rows(prepared: Prepared, plan: RoundPlan, protocol: str | None) -> list[tuple[str, Any]]:
+    """How updates are aggregated (securely, by a protocol), what becomes of them on the way, and their size."""
     experiment = prepared.experiment
     _, shared = low_rank.partition(prepared.adapters, plan.aggregation.personal)
     message = shared if plan.aggregation.client.report is None else template(plan, prepared.adapters)
@@ -161,9 +160,8 @@ def federation_rows(prepared: Prepared, plan: RoundPlan) -> list[tuple[str, Any]
     leaves = travelling(message, live)
     size = tree_bytes(leaves) if plan.codec is None else plan.codec.nbytes([leaf for _, leaf in leaves])
     rows: list[tuple[str, Any]] = [("aggregation", in_words(experiment.aggregation))]
-    shown = disclosed(prepared, ())
-    if shown is not None and shown["protocol"] is not None:
-        rows.append(("secure aggregation", shown["protocol"]))
+    if protocol is not None:
+        rows.append(("secure aggregation", protocol))
     if experiment.compression is not None:
         rows.append(("compression", in_words(experiment.compression)))
     if experiment.attack is not None:

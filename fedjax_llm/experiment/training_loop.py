@@ -143,9 +143,8 @@ def _one_round(
 
 def shows_clients(experiment: Experiment) -> bool:
     """Whether metrics hold the figures of every client."""
-    secure = experiment.secure is not None and experiment.setting == "federated"
     chosen = experiment.output.client_metrics
-    return not secure if chosen is None else chosen
+    return experiment.secured is None if chosen is None else chosen
 
 
 def metrics_line(

@@ -17,7 +17,7 @@ from fedjax_llm.privacy import noise as noises
 from fedjax_llm.privacy.clipping import Clip, clip_units
 from fedjax_llm.privacy.mechanism import AdaptiveClip, Mechanism
 from fedjax_llm.training.client_update import LocalState
-from fedjax_llm.types import Local, PyTree, Stack, Sum, Trained, View
+from fedjax_llm.types import Local, PyTree, RoundState, Stack, Sum, Trained, View
 
 
 class Outcome(NamedTuple):
@@ -212,6 +212,12 @@ def template(plan: RoundPlan, adapters: PyTree) -> PyTree:
     local = Local(shared, memory, received, jnp.int32(0))
     shapes, _ = jax.eval_shape(algorithm.client.report, trained, local)
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+def message_like(plan: RoundPlan, state: RoundState) -> PyTree:
+    """Zeros like one client's message, in a run that goes on."""
+    own = jax.tree.map(lambda leaf: leaf[0], state.client_state.get("personal", {}))
+    return template(plan, low_rank.join(state.adapters, own))
 
 
 def nothing(plan: RoundPlan, adapters: PyTree) -> View | None:

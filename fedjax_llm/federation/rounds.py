@@ -116,7 +116,7 @@ def run_round(plan: RoundPlan, params: Params, state: RoundState, attempt: int =
     view, adapters, client_state = release.nothing(plan, state.adapters), state.adapters, dict(state.client_state)
     reports: list[ClientReport] = []
     padded_tokens, below_clip, ideal = 0, jnp.float32(0), effective.nothing(plan, state.adapters)
-    exchange = secured.begin(plan, state, answers, _message(plan, state), moment.received, moment.live, attempt)
+    exchange = secured.begin(plan, state, answers, moment.received, moment.live, attempt)
     for first in range(0, len(cohort), slots):
         members = cohort[first : first + slots]
         # Slots that stay empty point past the end: reading clamps, writing drops.
@@ -162,12 +162,6 @@ def _kept_if(ended: Ended, client_state: dict[str, PyTree], before: RoundState) 
     return before.client_state | {name: kept for name, kept in client_state.items() if name == "noise"}
 
 
-def _message(plan: RoundPlan, state: RoundState) -> PyTree:
-    """Zeros like one client's message."""
-    own = jax.tree.map(lambda leaf: leaf[0], state.client_state.get("personal", {}))
-    return release.template(plan, low_rank.join(state.adapters, own))
-
-
 def _in_vain(
     plan: RoundPlan, state: RoundState, moment: _Moment, answers: Answers, ended: Ended | None
 ) -> dict[str, Any]:
@@ -175,7 +169,7 @@ def _in_vain(
     federation = plan.federation
     if plan.setting != "federated" or (federation.availability is None and federation.asynchronous is None):
         return {}
-    message = _message(plan, state)
+    message = release.message_like(plan, state)
     ranks = np.asarray(state.client_state.get("rank", ())).tolist()
     found = in_vain(plan, state.adapters, moment.received, message, moment.live, ranks, answers)
     return found if ended is None else found | {"wasted": with_waste(found["wasted"], ended)}

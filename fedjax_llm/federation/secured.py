@@ -18,6 +18,7 @@ from fedjax_llm import trees
 from fedjax_llm.federation.availability import Answers
 from fedjax_llm.federation.communication import travelling
 from fedjax_llm.federation.plan import RoundPlan, SecureReport, Traffic
+from fedjax_llm.federation.release import message_like
 from fedjax_llm.federation.sampling import round_key, secret_round_key
 from fedjax_llm.privacy.mechanism import Shares
 from fedjax_llm.secure import encoding, ring, simulation
@@ -61,7 +62,6 @@ def begin(
     plan: RoundPlan,
     state: RoundState,
     answers: Answers,
-    template: PyTree,
     received: PyTree,
     live: dict[str, float] | None,
     attempt: int,
@@ -74,14 +74,13 @@ def begin(
       plan: of the rounds.
       state: whose adapters are sent to the clients, each of which signs their hash.
       answers: who takes part.
-      template: zeros like one client's message.
       received: what is sent beside the adapters.
       live: which factors travel.
       attempt: at the round.
     """
     if plan.secure is None:
         return None
-    number = int(state.round) + 1
+    number, template = int(state.round) + 1, message_like(plan, state)
     places = np.union1d(np.union1d(answers.cohort, answers.silent), answers.late).astype(int)
     exchange = Exchange(plan, number, attempt, template, live, names=tuple(plan.clients[i].name for i in places))
     size = sum(leaf.size for leaf in _leaves(template, live))
@@ -143,7 +142,7 @@ def end(exchange: Exchange) -> Ended:
     else:
         size = sum(leaf.size for leaf in _leaves(exchange.template, exchange.live))
         key = _rotation(exchange)
-        values, weight = encoding.decode(outcome.total, shares, rotation_key=key, values=size), float(0)
+        values, weight = encoding.decode(outcome.total, shares, rotation_key=key, values=size), 0.0
     dropped = tuple(name for name in exchange.names if name not in outcome.survivors)
     report = SecureReport(len(exchange.names), len(outcome.survivors), dropped, cut, None)
     total = _unflat(exchange.template, exchange.live, jnp.asarray(values))

@@ -15,7 +15,7 @@ N = 129, and what :func:`slack` gives beyond. Rotation in float64 adds less than
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -65,6 +65,26 @@ class Noise(Protocol):
     def draw(self, stddev: float) -> Callable[[bytes, int], np.ndarray]:
         """(32-byte key, size) -> int64 [size] of this standard deviation."""
         ...
+
+
+@dataclass(frozen=True)
+class Integers:
+    """What shares of any distribution have in common.
+
+    Attributes:
+      bits: a message's values travel as integers of so many bits, 16 or 32; the sum is modulo ``2 ** bits``.
+      tail: how many standard deviations of the sum fit the modulus; what is beyond wraps around, which is an error, not
+        a leak.
+      beta: how many draws of a message's random rounding are refused at most (unit ``site``).
+    """
+
+    bits: int = 32
+    tail: float = 6.0
+    beta: float = math.exp(-0.5)
+
+    def __post_init__(self) -> None:
+        """Refuses impossible values."""
+        check(type(self).__name__, self.bits, self.tail, self.beta)
 
 
 class Messages(NamedTuple):

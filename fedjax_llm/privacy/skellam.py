@@ -4,7 +4,6 @@ A sum of shares is Skellam again, so that it is accounted for exactly as what it
 be taken apart into shares for owners whose data are at several sites. That is what speaks for it beside ``DDGauss``.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,24 +15,10 @@ from fedjax_llm.privacy import discrete_noise, shares
 
 
 @dataclass(frozen=True)
-class Skellam:
-    """Every site adds Skellam noise.
+class Skellam(shares.Integers):
+    """Every site adds Skellam noise."""
 
-    Attributes:
-      bits: a message's values travel as integers of so many bits, 16 or 32; the sum is modulo ``2 ** bits``.
-      tail: how many standard deviations of the sum fit the modulus; what is beyond wraps around, which is an error, not
-        a leak.
-      beta: how many draws of a message's random rounding are refused at most (unit ``site``).
-    """
-
-    bits: int = 32
-    tail: float = 6.0
-    beta: float = math.exp(-0.5)
     kind: ClassVar[Literal["skellam"]] = "skellam"
-
-    def __post_init__(self) -> None:
-        """Refuses impossible values."""
-        shares.check("Skellam", self.bits, self.tail, self.beta)
 
     def draw(self, stddev: float) -> Callable[[bytes, int], np.ndarray]:
         """(32-byte key, size) -> int64 [size] of this standard deviation."""

@@ -33,7 +33,6 @@ class Server(NamedTuple):
       alive: who has answered all stages so far.
       faults: found in clients.
       roster: after AdvertiseKeys.
-      listed: the advertisements, for that message.
       dealt: after ShareKeys, by place: the seed's commitment, and the boxes with their commitments by holder.
       total: the sum of masked inputs; ``None`` before the first.
       survivors: after MaskedInput, whose inputs are in the total, as places.
@@ -49,7 +48,6 @@ class Server(NamedTuple):
     alive: frozenset[str] = frozenset()
     faults: tuple[Fault, ...] = ()
     roster: Roster | None = None
-    listed: tuple[Any, ...] = ()
     dealt: Mapping[int, tuple[bytes, dict[int, list[Any]]]] = {}
     total: np.ndarray | None = None
     survivors: tuple[int, ...] = ()
@@ -192,7 +190,7 @@ def _keys(server: Server) -> tuple[Server, dict[str, bytes]]:
     if len(roster.holders(0)) < threshold:
         raise _abandoned(server, server.alive, f"{len(members)} clients are too few for {threshold} holders of shares")
     message = encode("Keys", server.meeting, SERVER, members)
-    return server._replace(roster=roster, listed=tuple(members)), dict.fromkeys(roster.names, message)
+    return server._replace(roster=roster), dict.fromkeys(roster.names, message)
 
 
 def _shares(server: Server) -> tuple[Server, dict[str, bytes]]:
