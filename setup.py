@@ -39,13 +39,14 @@ RUNTIME = [
     "requests>=2.32",
     "rich>=13.7",
     "safetensors>=0.5",
+    "scipy>=1.14",
     "tensorboardX>=2.6",
     "tokenizers>=0.22",
     "transformers>=5.0",
     "tyro>=1.0",
 ]
 EXTRAS = {
-    "test": ["hypothesis>=6.100", "pytest>=8.3", "pytest-xdist>=3.6", "scipy>=1.14", "setuptools>=77"],
+    "test": ["hypothesis>=6.100", "pytest>=8.3", "pytest-xdist>=3.6", "setuptools>=77"],
     "lint": ["pyrefly>=1.4", "ruff>=0.17"],
     "parity": ["peft>=0.18", "torch>=2.8"],  # the reference that `make parity` compares with
     "hub": ["datasets>=4.0"],  # any Hugging Face dataset by name
@@ -61,7 +62,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["fedjax_llm", "fedjax_llm.*"]),
-    package_data={"fedjax_llm.runs": ["*.html"]},
+    package_data={"fedjax_llm.runs": ["*.html", "*.css"]},
     install_requires=RUNTIME,
     extras_require=EXTRAS,
     classifiers=[

@@ -37,6 +37,7 @@ class Record:
       label: class for label-skewed partitions (``None``: none known).
       owner: whose record it is, for coarser privacy units (``None``: the record is its own owner).
       fields: the source's other columns, for partitioning by a field.
+      training_only: whether it is in training whatever the split says.
     """
 
     id: str
@@ -44,6 +45,7 @@ class Record:
     label: str | None = None
     owner: str | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
+    training_only: bool = False
 
 
 @dataclass(frozen=True)

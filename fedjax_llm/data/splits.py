@@ -39,8 +39,10 @@ class SplitSite:
 def split_of(record: Record, fractions: Fractions, salt: int) -> Split:
     """The split of a record: a hash of its owner (or of its id, where it has none) and the salt.
 
-    All records of an owner are in one split, at every site.
+    All records of an owner are in one split, at every site; a record for training only is never held out.
     """
+    if record.training_only:
+        return "train"
     digest = hashlib.sha256(f"{salt}:{record.owner or record.id}".encode()).digest()
     place = int.from_bytes(digest[:8], "big") / 2**64
     if place < fractions.test:

@@ -35,6 +35,8 @@ from fedjax_llm.types import Adapters
 
 Load = Callable[[str, BaseType], BaseModel]
 """Name and dtype -> the base model."""
+Trunks = dict[tuple, TrunkCache]
+"""Trunks by all that their states depend on, for the runs of one process."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,13 +74,16 @@ class Prepared:
     fingerprint: str = ""
 
 
-def prepare(experiment: Experiment, progress: RunProgress, load_model: Load = load) -> Prepared:
+def prepare(
+    experiment: Experiment, progress: RunProgress, load_model: Load = load, trunks: Trunks | None = None
+) -> Prepared:
     """Loads the text and the model, and lays out the rounds.
 
     Args:
       experiment: the configuration.
       progress: shows the phases.
       load_model: gives the base model; a process with several runs can give the same one to all.
+      trunks: of the runs before in this process; those that fit are used again, and a new one is added.
 
     Raises:
       UserError: whatever cannot work is found here, before any training.
@@ -129,7 +134,7 @@ def prepare(experiment: Experiment, progress: RunProgress, load_model: Load = lo
         check_cohort(plan, adapters)
         if experiment.start_from is None:
             plan = plan._replace(offset=low_rank.remainder(whole, lora))
-        plan = plan._replace(trunk=_trunk(experiment, base, adapters, train, held_out))
+        plan = plan._replace(trunk=_trunk(experiment, base, adapters, train, held_out, trunks))
     parts = (dataset, sites, train, lengths, held_out, plan, population, fingerprint)
     return Prepared(experiment, base, lora, adapters, frozen, *parts)
 
@@ -180,6 +185,7 @@ def _trunk(
     adapters: Adapters,
     train: tuple[tuple[str, tuple[EncodedExample, ...]], ...],
     held_out: HeldOut,
+    trunks: Trunks | None,
 ) -> TrunkCache | None:
     """Keeps the hidden states below the adapters, where there are layers below them."""
     layers, execution = lowest_adapted(adapters), experiment.execution
@@ -188,7 +194,11 @@ def _trunk(
     parts = [dict(train), held_out.test, held_out.validation]
     every = [example for part in parts for examples in part.values() for example in examples]
     shapes = choose_shapes(every, tokens_per_microbatch=execution.tokens_per_microbatch, buckets=execution.buckets)
-    return TrunkCache(base.model, base.params, layers, shapes, execution.trunk_megabytes * 2**20)
+    key = (base.fingerprint, experiment.model.dtype, layers, shapes, execution.trunk_megabytes)
+    known = {} if trunks is None else trunks
+    if key not in known:
+        known[key] = TrunkCache(base.model, base.params, layers, shapes, execution.trunk_megabytes * 2**20)
+    return known[key]
 
 
 def _adapters(experiment: Experiment, base: BaseModel, key: jax.Array) -> tuple[Lora, Adapters]:

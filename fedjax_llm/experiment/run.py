@@ -18,7 +18,7 @@ from fedjax_llm.experiment.disclosed import disclosed
 from fedjax_llm.experiment.finetuning import finetune
 from fedjax_llm.experiment.finish import finish, length_counts, site_counts, validation_of
 from fedjax_llm.experiment.forecast import promised
-from fedjax_llm.experiment.prepare import Load, Prepared, prepare
+from fedjax_llm.experiment.prepare import Load, Prepared, Trunks, prepare
 from fedjax_llm.experiment.training_loop import Loop, run_rounds
 from fedjax_llm.federation.communication import travelling, tree_bytes
 from fedjax_llm.federation.plan import RoundPlan
@@ -36,7 +36,15 @@ from fedjax_llm.runs.progress import (
 )
 
 
-def run(experiment: Experiment, folder: Path, *, resume: bool, console: Console, load_model: Load = load) -> int:
+def run(
+    experiment: Experiment,
+    folder: Path,
+    *,
+    resume: bool,
+    console: Console,
+    load_model: Load = load,
+    trunks: Trunks | None = None,
+) -> int:
     """Runs an experiment in a folder.
 
     Args:
@@ -45,6 +53,7 @@ def run(experiment: Experiment, folder: Path, *, resume: bool, console: Console,
       resume: go on from the newest intact checkpoint.
       console: where to show progress.
       load_model: gives the base model; a process with several runs can give the same one to all.
+      trunks: of the runs before in this process (``prepare``).
 
     Returns:
       0, or 130 if Ctrl-C ended it.
@@ -60,7 +69,7 @@ def run(experiment: Experiment, folder: Path, *, resume: bool, console: Console,
     with directory.locked(folder), shown as progress:
         record_environment(folder, resume)
         try:
-            prepared = _prepared(experiment, progress, folder, resume, load_model)
+            prepared = _prepared(experiment, progress, folder, resume, load_model, trunks)
             show_plan(prepared, progress, console)
             ended = None
             if prepared.plan is not None:
@@ -78,10 +87,12 @@ def run(experiment: Experiment, folder: Path, *, resume: bool, console: Console,
     return 0
 
 
-def _prepared(experiment: Experiment, progress: RunProgress, folder: Path, resume: bool, load_model: Load) -> Prepared:
+def _prepared(
+    experiment: Experiment, progress: RunProgress, folder: Path, resume: bool, load_model: Load, trunks: Trunks | None
+) -> Prepared:
     """What :func:`prepare` gives; where it finds a fault, a new run's folder goes, so that the name stays free."""
     try:
-        return prepare(experiment, progress, load_model)
+        return prepare(experiment, progress, load_model, trunks)
     except UserError:
         if not resume:
             shutil.rmtree(folder, ignore_errors=True)

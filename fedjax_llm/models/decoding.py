@@ -102,13 +102,13 @@ def generate(
     Raises:
       UserError: a prompt is empty or fills the model's context.
     """
-    limits = _limits(model, prompts, max_new_tokens)
+    limits = token_limits(model, prompts, max_new_tokens)
     if not prompts or max_new_tokens < 1:
         return [[] for _ in prompts]
-    tokens, padding = _left_padded(prompts, pad_id)
+    tokens, padding = left_padded(prompts, pad_id)
     ends = np.array(sorted(end_ids), np.int32)
     made = _generate(model, max_new_tokens, params, adapters, tokens, padding, limits, ends, sampler)
-    return [_until_end(row[:limit].tolist(), end_ids) for row, limit in zip(np.asarray(made), limits, strict=True)]
+    return [until_end(row[:limit].tolist(), end_ids) for row, limit in zip(np.asarray(made), limits, strict=True)]
 
 
 def stream(
@@ -135,7 +135,7 @@ def stream(
     Raises:
       UserError: the prompt is empty or fills the model's context (at the call, not at the first token).
     """
-    (limit,) = _limits(model, [prompt], max_new_tokens)
+    (limit,) = token_limits(model, [prompt], max_new_tokens)
     return _stream(model, params, adapters, prompt, int(limit), max_new_tokens, frozenset(end_ids), sampler)
 
 
@@ -160,8 +160,8 @@ def pieces(ids: Iterable[int], decode: Callable[[list[int]], str]) -> Iterator[s
 
 def _stream(model, params, adapters, prompt, limit, max_new_tokens, end_ids, sampler) -> Iterator[int]:
     """The loop of :func:`stream`, as a generator of its own so that the checks before it are not put off."""
-    tokens, padding = _left_padded([prompt], 0)
-    cache, at = _empty_cache(model, params, 1, tokens.shape[1], max_new_tokens), 0
+    tokens, padding = left_padded([prompt], 0)
+    cache, at = prompt_cache(model, params, 1, tokens.shape[1], max_new_tokens), 0
     for step in range(limit):
         made, cache = _step(model, cache, params, adapters, tokens, np.int32(at), padding, sampler, np.int32(step))
         token = int(made[0])
@@ -182,7 +182,7 @@ def _step(model, cache, params, adapters, tokens, at, padding, sampler, step) ->
 def _generate(model, max_new_tokens, params, adapters, tokens, padding, limits, ends, sampler) -> Array:
     """New tokens [M, max_new_tokens]; what stands after a row's end means nothing."""
     rows, length = tokens.shape
-    cache = _empty_cache(model, params, rows, length, max_new_tokens)
+    cache = prompt_cache(model, params, rows, length, max_new_tokens)
     hidden, cache = model.extend(params, adapters, tokens, cache, jnp.int32(0), padding)
 
     def unfinished(carry):
@@ -202,12 +202,12 @@ def _generate(model, max_new_tokens, params, adapters, tokens, padding, limits, 
     return jax.lax.while_loop(unfinished, advance, start)[3]
 
 
-def _empty_cache(model: CausalLM, params: Params, rows: int, length: int, new: int) -> Cache:
+def prompt_cache(model: CausalLM, params: Params, rows: int, length: int, new: int) -> Cache:
     """Room for prompts of ``length`` tokens and ``new`` more, in the type of the weights."""
     return model.empty_cache(rows, _round_up(length + new, _CACHE_MULTIPLE), jax.tree.leaves(params)[0].dtype)
 
 
-def _left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+def left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Tokens [M, L] that all end in the last column, and how many of each row's first are padding [M]."""
     length = _round_up(max(map(len, prompts)), _PROMPT_MULTIPLE)
     tokens = np.full((len(prompts), length), pad_id, np.int32)
@@ -216,7 +216,7 @@ def _left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndar
     return tokens, np.array([length - len(prompt) for prompt in prompts], np.int32)
 
 
-def _limits(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> np.ndarray:
+def token_limits(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> np.ndarray:
     """How many new tokens each prompt may get [M]."""
     context = model.config.context
     for prompt in prompts:
@@ -227,7 +227,7 @@ def _limits(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: i
     return np.array([min(max_new_tokens, context - len(prompt)) for prompt in prompts], np.int32)
 
 
-def _until_end(tokens: list[int], end_ids: Collection[int]) -> list[int]:
+def until_end(tokens: list[int], end_ids: Collection[int]) -> list[int]:
     """The tokens before the first that ends a turn."""
     for place, token in enumerate(tokens):
         if token in end_ids:

@@ -61,7 +61,12 @@ def render(run: Mapping[str, Any]) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= {"bytes": byte_size, "duration": duration, "percent": percent}
     template = environment.from_string(Path(__file__).with_name("report.html").read_text("utf-8"))
-    return template.render(_content(run))
+    return template.render(_content(run) | {"style": style()})
+
+
+def style() -> Markup:
+    """The style sheet of all pages, for inlining."""
+    return Markup(Path(__file__).with_name("page.css").read_text("utf-8"))  # noqa: S704  (a file of this package)
 
 
 def _read(folder: Path) -> dict[str, Any]:
