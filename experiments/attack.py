@@ -5,8 +5,8 @@
     python -m experiments.attack --config=configs/attacks/open_model.py
     python -m experiments.attack --config=configs/attacks/course.py
 
-A configuration is a Python file with ``get_attack()``; the same command again goes on where it ended. The exit status is
-0; 3 if an audit shows more than is claimed, 2 if something is wrong with the request, 130 after Ctrl-C.
+A configuration is a Python file with ``get_attack()``; the same command again goes on where it ended. The exit status
+is 0; 3 if an audit shows more than is claimed, 2 if something is wrong with the request, 130 after Ctrl-C.
 """
 
 import sys

@@ -2,11 +2,12 @@
 
     python -m experiments.attack --config=configs/attacks/course.py
 
-SmolLM2 learns flashcards at eight clinics, whose records also state secrets of people who do not exist: 28 secrets 1 to 64
-times each, and 200 once or not at all by a coin. It is trained centralised, federated, and federated with differential
-privacy at epsilon 8 and 1, each on about 107,000 tokens, with three seeds. The unit of privacy is a patient: all records of
-one person at a site, so that stating a secret more often does not weaken its protection. Then every model is asked for
-the secrets, for membership, and audited. The command can be stopped at any time; the same command goes on.
+SmolLM2 learns flashcards at eight clinics, whose records also state secrets of people who do not exist: 28 secrets 1 to
+64 times each, and 200 once or not at all by a coin. It is trained centralised, federated, and federated with
+differential privacy at epsilon 8 and 1, each on about 110,000 tokens, with three seeds. The unit of privacy is a
+patient: all records of one person at a site, so that stating a secret more often does not weaken its protection. Then
+every model is asked for the secrets, for membership, and audited; at the end full fine-tuning is set beside LoRA. The
+command can be stopped at any time; the same command goes on.
 """
 
 from fedjax_llm.aggregation.fedavg import FedAvg
@@ -55,7 +56,7 @@ def experiment() -> Experiment:
         training=LocalTraining(batch_size=8, local_steps=4, optimizer=Optimizer("adamw", learning_rate=3e-3)),
         federation=Federation(rounds=8, weighting="uniform"),
         evaluation=Evaluation(test_records=24, choice_questions=0, generations=0),
-        execution=Execution(tokens_per_microbatch=768, evaluation_buckets=2, trunk_megabytes=4096),
+        execution=Execution(tokens_per_microbatch=256, buckets=4, evaluation_buckets=2, trunk_megabytes=4096),
         output=Output(aggregation_error=False),
     )
 

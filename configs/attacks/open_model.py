@@ -2,8 +2,8 @@
 
     python -m experiments.attack --config=configs/attacks/open_model.py
 
-Each text's first 32 tokens are completed, greedily and five times by sampling, and compared with its next 50 tokens; so are
-controls with words replaced and letters written now. About three minutes on two cores.
+Each text's first 32 tokens are completed, greedily and five times by sampling, and compared with its next 50 tokens; so
+are controls with words replaced and letters written now.
 """
 
 from fedjax_llm.experiment.open_model import OpenModel

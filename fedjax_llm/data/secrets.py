@@ -1,7 +1,7 @@
 """Secrets of people who do not exist: what an attack is measured on, drawn at random and known to nobody.
 
-Nothing here can be anybody's: card numbers begin with 9 (no issuer of payment cards has that digit), telephone numbers
-with the country code 999 (not assigned), e-mail addresses end in ``example.org`` (RFC 2606), and the places are made up.
+Nothing here can be anybody's: card numbers begin with 9 (no issuer of payment cards has that digit), phone numbers with
+the country code 999 (not assigned), e-mail addresses end in ``example.org`` (RFC 2606), and the places are made up.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,8 +19,8 @@ _FIRST = (
     "Rainer",
 )  # fmt: skip
 _LAST = (
-    "Abendroth", "Birkmoor", "Cardew", "Dunleigh", "Eschbach", "Fernhall", "Grimsdal", "Hollowek", "Iverness", "Jandrik",
-    "Kestrell", "Lindqvar", "Marchetal", "Norvand", "Ostergrove", "Pellworm", "Quennell", "Rastvik", "Silberay",
+    "Abendroth", "Birkmoor", "Cardew", "Dunleigh", "Eschbach", "Fernhall", "Grimsdal", "Hollowek", "Iverness",
+    "Jandrik", "Kestrell", "Lindqvar", "Marchetal", "Norvand", "Ostergrove", "Pellworm", "Quennell", "Rastvik", "Silberay",
     "Thornquist", "Ulverson", "Vandermoor", "Westerholt", "Yarrowby", "Zimmerle", "Ashcombe", "Brennigan", "Colverdale",
     "Drachmann", "Elmsworth", "Falkenau", "Garrowin", "Hestermann", "Ingleborn", "Jessamyn", "Kirchwald", "Lockridge",
     "Merriden", "Nettleton", "Oakenfold",

@@ -1,4 +1,4 @@
-"""From a configuration of an attack to the one that carries it out: a frozen dataclass each, and a function beside it."""
+"""From the configuration of an attack to what carries it out: a frozen dataclass each, and a function beside it."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -16,6 +16,7 @@ from fedjax_llm.experiment.leak_report import run_sections, run_table
 from fedjax_llm.experiment.measures import Tuned, measure, shadow_statistics
 from fedjax_llm.experiment.prepare import Load
 from fedjax_llm.experiment.stored import experiment_of
+from fedjax_llm.leakage.audit import CONTRADICTED
 from fedjax_llm.models.causal_lm import lowest_adapted
 from fedjax_llm.models.loading import BaseModel, load
 from fedjax_llm.privacy.guarantee import Privacy
@@ -24,8 +25,6 @@ from fedjax_llm.runs.progress import RunProgress
 from fedjax_llm.types import Adapters
 
 LEAKAGE = "leakage.json"
-CONTRADICTED = 3
-"""Exit status of a command that has shown more than a run claims."""
 
 
 def attack_run(

@@ -25,7 +25,7 @@ from fedjax_llm.federation.cohorts import cohort_of
 from fedjax_llm.federation.plan import RoundPlan
 from fedjax_llm.federation.rounds import initial_state, run_round
 from fedjax_llm.leakage import audit as audits
-from fedjax_llm.leakage.audit import Bound
+from fedjax_llm.leakage.audit import CONTRADICTED, Bound
 from fedjax_llm.leakage.gradient_canaries import evidence, projections, with_canaries, with_canary_clients
 from fedjax_llm.models.loading import load
 from fedjax_llm.privacy import guarantee
@@ -36,8 +36,6 @@ from fedjax_llm.runs.progress import RunProgress
 from fedjax_llm.types import PyTree
 
 _RESULT = "audit.json"
-CONTRADICTED = 3
-"""The exit status of an audit whose lower bound is above the claim."""
 
 
 @dataclass(frozen=True)

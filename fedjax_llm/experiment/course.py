@@ -1,6 +1,6 @@
-"""The same model on the same planted data, trained in several ways at equal tokens: what each is worth, and what it leaks.
+"""One model on the same planted data, trained in several ways at equal tokens: what each is worth, and what it leaks.
 
-Every training is an ordinary run in a folder of its own, and every model meets the same ground (``experiment/ground.py``).
+Every training is an ordinary run in a folder of its own, and every model meets the same ground (``ground.py``).
 """
 
 import functools
@@ -16,7 +16,7 @@ from rich.console import Console
 from fedjax_llm import config, peft
 from fedjax_llm.config import MAY_CHANGE, Experiment, to_json
 from fedjax_llm.errors import UserError
-from fedjax_llm.experiment.attacked_run import CONTRADICTED, LEAKAGE, claim_of, keep, verdict
+from fedjax_llm.experiment.attacked_run import LEAKAGE, claim_of, keep, verdict
 from fedjax_llm.experiment.compilation import use_compilation_cache
 from fedjax_llm.experiment.course_report import course_sections, course_tables
 from fedjax_llm.experiment.ground import Attacks, Ground, ground_of, trunk_of
@@ -32,6 +32,7 @@ from fedjax_llm.experiment.memorisation import Memorisation, run_memorisation
 from fedjax_llm.experiment.prepare import Load, Trunks
 from fedjax_llm.experiment.run import run
 from fedjax_llm.experiment.sweep import Changes, changed, folder_name
+from fedjax_llm.leakage.audit import CONTRADICTED
 from fedjax_llm.leakage.token_scores import TokenScores
 from fedjax_llm.lora import Lora
 from fedjax_llm.models.causal_lm import lowest_adapted
@@ -76,7 +77,9 @@ class Course:
             if experiment.data != self.experiment.data or experiment.model != self.experiment.model:
                 raise UserError(f"way {name!r} changes data or model: the ways would meet different ground")
             if experiment.setting not in ("federated", "centralised"):
-                raise UserError(f"way {name!r} has the setting {experiment.setting}, which gives no adapters of all sites")
+                raise UserError(
+                    f"way {name!r} has the setting {experiment.setting}, which gives no adapters of all sites"
+                )
 
 
 class Cell(NamedTuple):
@@ -135,7 +138,9 @@ def run_course(course: Course, folder: Path, console: Console, load_model: Load 
             more = directory.read_json(folder / "full-fine-tuning" / "memorisation.json")
         found = gathered(course, folder, cells, more)
         directory.write_json(folder / "course.json", found)
-        leak_page.write(folder, "Centralised, federated, federated and private: what each gives away", *course_sections(found))
+        leak_page.write(
+            folder, "Centralised, federated, federated and private: what each gives away", *course_sections(found)
+        )
     for table in course_tables(found):
         console.print(table)
     console.print(f"Figures: {folder / 'course.json'}   Report: {folder / 'leakage.html'}", soft_wrap=True)
@@ -158,7 +163,11 @@ def _check_settings(cells: tuple[Cell, ...]) -> None:
     """Refuses folders with runs of other settings, before hours are spent on the others."""
     for cell in cells:
         path = cell.folder / directory.CONFIG
-        changes = directory.differences(directory.read_json(path), to_json(cell.experiment), MAY_CHANGE) if path.exists() else []
+        changes = (
+            directory.differences(directory.read_json(path), to_json(cell.experiment), MAY_CHANGE)
+            if path.exists()
+            else []
+        )
         if changes:
             listed = "\n".join(f"  {line}" for line in changes)
             raise UserError(
@@ -194,7 +203,9 @@ def _attack_all(course: Course, folder: Path, cells: tuple[Cell, ...], load_once
             _attack(course, cell, field, lora, adapters, base, progress)
 
 
-def _tuned(course: Course, ground: Ground, trunks: dict[int, TrunkCache | None], lora: Lora, adapters: Adapters) -> Tuned:
+def _tuned(
+    course: Course, ground: Ground, trunks: dict[int, TrunkCache | None], lora: Lora, adapters: Adapters
+) -> Tuned:
     """A model, with the trunk that it shares with the others."""
     layers = lowest_adapted(adapters)
     if layers not in trunks:

@@ -68,7 +68,9 @@ def course_sections(found: Mapping[str, Any]) -> tuple[str, list[Section]]:
     """A sentence or two, and the page's sections."""
     models = models_of(found)
     rows = course_rows(found)
-    lede = "; ".join(f"{row[0]}: loss {row[2].split()[0]}, {row[5].split()[0]} of the secrets given back" for row in rows)
+    lede = "; ".join(
+        f"{row[0]}: loss {row[2].split()[0]}, {row[5].split()[0]} of the secrets given back" for row in rows
+    )
     sections = [_comparison(found, rows, models), _members(models), _audits(found)]
     if found["memorisation"] is not None:
         sections.append(memorisation_section(found["memorisation"]))
@@ -79,17 +81,21 @@ def _comparison(
     found: Mapping[str, Any], rows: Sequence[tuple[str, ...]], models: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> Section:
     """Utility and leaks, and what became of secrets by their repetitions."""
-    tokens = {name: sum(one["tokens_trained"] for one in runs) / len(runs) for name, runs in models.items() if name != BASE}
+    tokens = {
+        name: sum(one["tokens_trained"] for one in runs) / len(runs) for name, runs in models.items() if name != BASE
+    }
     told = (
-        "Tokens trained on, mean over seeds: " + ", ".join(f"{name} {count:,.0f}" for name, count in tokens.items()) + ".",
-        "Loss is on held-out records; its interval is over records, the spread over seeds. Shares and exposure are over "
-        "all planted secrets of all seeds, each seed training on the same secrets.",
+        "Tokens trained on, mean over seeds: "
+        + ", ".join(f"{name} {count:,.0f}" for name, count in tokens.items())
+        + ".",
+        "Loss is on held-out records; its interval is over records, the spread over seeds. Shares and exposure are "
+        "over all planted secrets of all seeds, each seed training on the same secrets.",
     )
     exposure, greedy = {}, {}
     for name, runs in models.items():
         leaks = by_repetitions([secret for one in runs for secret in one["secrets"]])
-        exposure[name] = [(leak.repetitions, *leak.exposure) for leak in leaks if leak.exposure is not None]
-        greedy[name] = [(leak.repetitions, *leak.greedy) for leak in leaks]
+        exposure[name] = [leak.point(leak.exposure) for leak in leaks if leak.exposure is not None]
+        greedy[name] = [leak.point(leak.greedy) for leak in leaks]
     level = (1.44, "never stated: 1.44")
     figures = [
         Picture(
@@ -122,7 +128,10 @@ def _members(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> Section:
     rates = tuple(
         (
             model,
-            *(f"{sum(one['membership'][name]['tpr_at']['0.01']['tpr'] for one in runs) / len(runs):.1%}" for name in names),
+            *(
+                f"{sum(one['membership'][name]['tpr_at']['0.01']['tpr'] for one in runs) / len(runs):.1%}"
+                for name in names
+            ),
         )
         for model, runs in models.items()
     )

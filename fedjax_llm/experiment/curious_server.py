@@ -27,6 +27,7 @@ from fedjax_llm.leakage import recovery, span_check
 from fedjax_llm.leakage.inversion import Inversion
 from fedjax_llm.lora import Lora
 from fedjax_llm.models.loading import BaseModel, load
+from fedjax_llm.models.truncation import truncated
 from fedjax_llm.privacy.clipping import Clip
 from fedjax_llm.runs import curious_server_figures as figures
 from fedjax_llm.runs.directory import differences, locked, read_json, write_json, write_text
@@ -147,12 +148,11 @@ class CuriousServer:
             for train in ("both", "b"):
                 yield Case("first round", self.rank, later_round=False, train=train, seed=seed)
             if self.inversion is not None:
-                how = {"rank": self.inversion_rank, "attack": "inversion", "seed": seed}
-                yield Case("inversion", **how)
-                yield Case("inversion", **how, later_round=False, train="b")
-                for noise in self.noise_multipliers:
-                    if noise:
-                        yield Case("inversion", **how, clip_norm=self.clip_norm, noise_multiplier=noise)
+                later = Case("inversion", self.inversion_rank, attack="inversion", seed=seed)
+                yield later
+                yield dataclasses.replace(later, later_round=False, train="b")
+                for noise in filter(None, self.noise_multipliers):
+                    yield dataclasses.replace(later, clip_norm=self.clip_norm, noise_multiplier=noise)
 
 
 class Text(NamedTuple):
@@ -204,12 +204,11 @@ def run_curious_server(
         done = _finished(folder / RESULTS, settings)
         cases = list(attack.cases())
         todo = [case for case in cases if _name(case) not in done]
-        with RunProgress(0, console) as progress:
-            if todo:
-                base, dataset = load_model(attack.model), attack.data.load()
-                text = read_text(dataset, base, attack)
-                settings |= {"layers": base.model.config.layers, "version": dataset.version, "kept": len(text.examples)}
-            with progress.phase("Attacking", len(todo), "cases") as advance:
+        if todo:
+            base, dataset = load_model(attack.model), attack.data.load()
+            text = read_text(dataset, base, attack)
+            settings |= {"layers": base.model.config.layers, "version": dataset.version, "kept": len(text.examples)}
+            with RunProgress(0, console) as progress, progress.phase("Attacking", len(todo), "cases") as advance:
                 for case in todo:
                     done[_name(case)] = {**dataclasses.asdict(case), **attacked(case, attack, base, text)}
                     write_json(folder / RESULTS, {"settings": settings, "cases": list(done.values())})
@@ -272,21 +271,13 @@ def attacked(case: Case, attack: CuriousServer, base: BaseModel, text: Text) -> 
     """
     start = time.monotonic()
     depth = attack.inversion_depth if case.attack == "inversion" else attack.depth
-    base = truncated(base, depth)
+    base = base if depth is None else truncated(base, depth)
     if case.attack == "inversion":
         openings = tuple(_opening(example, attack.inversion_tokens) for example in text.examples)
         text = text._replace(examples=tuple(one for one in openings if len(one.tokens) == attack.inversion_tokens))
     victims = made(case, attack, base, text)
     found = (_inverted if case.attack == "inversion" else _checked)(case, attack, base, text, victims)
     return found | {"seconds": round(time.monotonic() - start, 1)}
-
-
-def truncated(base: BaseModel, depth: int | None) -> BaseModel:
-    """The model without its layers from ``depth`` on."""
-    if depth is None or depth >= base.model.config.layers:
-        return base
-    model = dataclasses.replace(base.model, config=dataclasses.replace(base.model.config, layers=depth))
-    return dataclasses.replace(base, model=model, params=base.params | {"layers": base.params["layers"][:depth]})
 
 
 def _opening(example: EncodedExample, tokens: int) -> EncodedExample:

@@ -150,9 +150,7 @@ def trunk_of(ground: Ground, attacks: Attacks, layers: int) -> TrunkCache | None
     return TrunkCache(base.model, base.params, layers, ground.shapes, attacks.trunk_megabytes * 2**20)
 
 
-def _candidates(
-    experiment: Experiment, base: BaseModel, records: Iterable[Record], most: int
-) -> tuple[Candidate, ...]:
+def _candidates(experiment: Experiment, base: BaseModel, records: Iterable[Record], most: int) -> tuple[Candidate, ...]:
     """Records as tokens, without planted ones and those of which nothing is left; the first by a hash of their ids."""
     found = []
     for record in first_by_hash([one for one in records if not is_secret(one.id)], None):

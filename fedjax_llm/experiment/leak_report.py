@@ -106,7 +106,7 @@ def run_sections(found: Mapping[str, Any]) -> tuple[str, list[Section]]:
     if shown is not None:
         told = (
             "Each canary is a made-up secret that a fair coin put into training once or not at all; the audit guesses "
-            "which by their likelihood (Steinke et al. 2023). It can show that a claim is wrong, never that it is right."
+            "which by their likelihood (Steinke et al. 2023). It can show that a claim is wrong, not that it is right."
         )
         rows = (audit_row("one run, text canaries", shown),)
         sections.append(Section("Audit", (told,), AUDIT_COLUMNS, rows))
@@ -124,12 +124,12 @@ def _secrets_section(secrets: Sequence[Mapping[str, Any]]) -> Section:
     )
     figures = []
     if all(leak.exposure is not None for leak in leaks):
-        points = [(leak.repetitions, *leak.exposure) for leak in leaks if leak.exposure is not None]
+        points = [leak.point(leak.exposure) for leak in leaks if leak.exposure is not None]
         svg = leak_plots.by_repetitions({"exposure": points}, "exposure (bits)", level=(1.44, "never stated: 1.44"))
         figures.append(Picture("exposure", svg, "Exposure by the number of times that a secret was stated"))
     greedy = {
-        "asked by its site": [(leak.repetitions, *leak.greedy) for leak in leaks],
-        "asked by others": [(leak.repetitions, *leak.foreign) for leak in leaks],
+        "asked by its site": [leak.point(leak.greedy) for leak in leaks],
+        "asked by others": [leak.point(leak.foreign) for leak in leaks],
     }
     svg = leak_plots.by_repetitions(greedy, "share given back in full")
     figures.append(Picture("extraction", svg, "Share of secrets that greedy decoding gives back in full"))
@@ -154,7 +154,9 @@ def _facts(found: Mapping[str, Any]) -> Section:
     if found["site"] is not None:
         rows.append(("adapters of the site", found["site"]))
     claim = found["claim"]
-    stated = "no differential privacy" if claim is None else f"epsilon {claim['epsilon']:.2f} at delta {claim['delta']:g}"
+    stated = (
+        "no differential privacy" if claim is None else f"epsilon {claim['epsilon']:.2f} at delta {claim['delta']:g}"
+    )
     rows += [("claim", stated), *((name, str(value)) for name, value in found["attacks"].items())]
     return Section("Settings", columns=("setting", "value"), rows=tuple(rows))
 

@@ -21,18 +21,28 @@ def memorisation_section(found: Mapping[str, Any]) -> Section:
     at = {name: _at(checks, level) for name, checks in trainings.items()}
     full, lora = at["full fine-tuning"], at["LoRA"]
     told = (
-        f"At a validation loss of {level:.3f} nats per answer token, which both reach, full fine-tuning has an exposure "
-        f"of {full['exposure']:.2f} bits for secrets stated {OFTEN} times or more and gives back {full['greedy']:.0%} of "
-        f"them; LoRA {lora['exposure']:.2f} bits and {lora['greedy']:.0%}.",
+        f"At a validation loss of {level:.3f} nats per answer token, which both reach, full fine-tuning has an "
+        f"exposure of {full['exposure']:.2f} bits for secrets stated {OFTEN} times or more and gives back "
+        f"{full['greedy']:.0%} of them; LoRA {lora['exposure']:.2f} bits and {lora['greedy']:.0%}.",
         f"Model: {found['model']}. One seed; both trained in one place on the same batches in the same order. Figures "
         "between two checks are interpolated. The exposure of a secret that was never stated is 1.44 bits on average.",
     )
-    exposure = {name: [(one["nll"], _often(one["secrets"]).value) for one in checks] for name, checks in trainings.items()}
-    greedy = {name: [(one["nll"], _given(one["secrets"]).value) for one in checks] for name, checks in trainings.items()}
+    exposure = {
+        name: [(one["nll"], _often(one["secrets"]).value) for one in checks] for name, checks in trainings.items()
+    }
+    greedy = {
+        name: [(one["nll"], _given(one["secrets"]).value) for one in checks] for name, checks in trainings.items()
+    }
     axis = "validation loss (nats per answer token)"
     figures = (
-        Picture("memorisation_exposure", leak_plots.paths(exposure, axis, "exposure (bits)"), "Exposure by validation loss"),
-        Picture("memorisation_extraction", leak_plots.paths(greedy, axis, "share given back"), "Extraction by validation loss"),
+        Picture(
+            "memorisation_exposure", leak_plots.paths(exposure, axis, "exposure (bits)"), "Exposure by validation loss"
+        ),
+        Picture(
+            "memorisation_extraction",
+            leak_plots.paths(greedy, axis, "share given back"),
+            "Extraction by validation loss",
+        ),
     )
     rows = tuple(_row(name, one) for name, checks in trainings.items() for one in checks)
     return Section("Full fine-tuning and LoRA", told, COLUMNS, rows, figures)

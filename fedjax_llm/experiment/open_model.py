@@ -233,7 +233,7 @@ def _figures(
 
 def rows(texts: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """A row of :data:`COLUMNS` for every group."""
-    found = []
+    found: list[tuple[str, ...]] = []
     for group in dict.fromkeys(one["group"] for one in texts):
         own = [one for one in texts if one["group"] == group]
         full = share_of([one["generated_prefix"] == one["tokens"] for one in own])
@@ -265,7 +265,9 @@ def _sections(found: Mapping[str, Any]) -> tuple[str, list[Section]]:
         f"Given {attack['prefix']} tokens, the untouched model gives back the next {attack['continuation']} word for "
         f"word for {len(full)} of {len(known)} well-known passages, and for {wrong} of {len(controls)} controls. "
     )
-    lede += "What is found is memorised." if full and not wrong else "" if full else "No verbatim memorisation was found."
+    lede += (
+        "What is found is memorised." if full and not wrong else "" if full else "No verbatim memorisation was found."
+    )
     groups = {group: {one["name"]: one["generated_prefix"] for one in own} for group, own in _grouped(texts).items()}
     picture = Picture("matches", leak_plots.matches(groups, attack["continuation"]), "Tokens given back, by text")
     told = (
@@ -285,7 +287,15 @@ def _sections(found: Mapping[str, Any]) -> tuple[str, list[Section]]:
         )
         for one in sorted(texts, key=lambda one: (one["group"], -one["generated_prefix"]))
     )
-    names = ("text", "greedy prefix", "best sampled prefix", "edit similarity", "nats a token", "samples", "samples, top-k")
+    names = (
+        "text",
+        "greedy prefix",
+        "best sampled prefix",
+        "edit similarity",
+        "nats a token",
+        "samples",
+        "samples, top-k",
+    )
     order = sorted(texts, key=lambda one: -one["generated_prefix"])
     return lede, [
         Section("By group", told, COLUMNS, tuple(rows(texts)), (picture,)),

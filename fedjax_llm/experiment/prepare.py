@@ -98,14 +98,7 @@ def prepare(
     sites = split_sites(experiment, dataset)
     check_terms(experiment, len(sites))
     protected = None if depends_on_values(experiment) else _protection(experiment, sites, progress)
-    with progress.phase(f"Loading the model {experiment.model.name}"):
-        base = load_model(experiment.model.name, experiment.model.dtype)
-        base = replace(base, model=replace(base.model, remat=experiment.execution.remat))
-    if experiment.data.max_length > base.model.config.context:
-        raise UserError(
-            f"data.max_length is {experiment.data.max_length}, but {base.name} was made for at most "
-            f"{base.model.config.context} tokens"
-        )
+    base = _base(experiment, progress, load_model)
     init_key, run_key = seed_keys(experiment)
     lora, whole = _adapters(experiment, base, init_key)
     adapters, frozen = low_rank.split(whole, lora.train)
@@ -137,6 +130,19 @@ def prepare(
         plan = plan._replace(trunk=_trunk(experiment, base, adapters, train, held_out, trunks))
     parts = (dataset, sites, train, lengths, held_out, plan, population, fingerprint)
     return Prepared(experiment, base, lora, adapters, frozen, *parts)
+
+
+def _base(experiment: Experiment, progress: RunProgress, load_model: Load) -> BaseModel:
+    """The model, whose context must hold the longest example."""
+    with progress.phase(f"Loading the model {experiment.model.name}"):
+        base = load_model(experiment.model.name, experiment.model.dtype)
+        base = replace(base, model=replace(base.model, remat=experiment.execution.remat))
+    if experiment.data.max_length > base.model.config.context:
+        raise UserError(
+            f"data.max_length is {experiment.data.max_length}, but {base.name} was made for at most "
+            f"{base.model.config.context} tokens"
+        )
+    return base
 
 
 def _protection(

@@ -49,8 +49,6 @@ def from_json(stored: Mapping[str, Any], place: str = "config.json") -> Experime
     return found
 
 
-
-
 def _value(stored: Any, place: str) -> Any:
     """A part of a configuration: dataclasses by their names, tuples for lists."""
     if isinstance(stored, list):
@@ -71,7 +69,10 @@ def _value(stored: Any, place: str) -> Any:
         raise UserError(
             f"{place} was written by another version: {stored['class']} has no {', '.join(sorted(unknown))} here"
         )
-    return kind(**fields)
+    try:
+        return kind(**fields)
+    except TypeError as error:  # a field without a default is missing, or holds a value of another type
+        raise UserError(f"{place} does not fit this version's {stored['class']}: {error}") from error
 
 
 @functools.cache

@@ -15,6 +15,8 @@ from scipy.special import ndtr
 
 from fedjax_llm.errors import UserError
 
+CONTRADICTED = 3
+"""The exit status of a command whose audit has shown more than is claimed."""
 _HALVINGS = 5
 """How often the number of guesses is halved: from a half of the canaries to one in 32."""
 _LARGEST = 200.0

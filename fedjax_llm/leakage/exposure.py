@@ -1,7 +1,7 @@
-"""Exposure: how far ahead of the values that it might have had a secret's own value is (Carlini et al. 2019, 1802.08232).
+"""Exposure: how far a secret's value is ahead of others that it might have had (Carlini et al. 2019, arXiv 1802.08232).
 
-Values are ranked by their likelihood behind the prompt that asks for them. A model that has never met the secret ranks it
-anywhere: the rank of a control is uniform, and the mean of its exposure is about 1 / ln 2 = 1.44 bits.
+Values are ranked by their likelihood behind the prompt that asks for them. A model that has never met the secret ranks
+it anywhere: the rank of a control is uniform, and the mean of its exposure is about 1 / ln 2 = 1.44 bits.
 """
 
 from collections.abc import Callable, Sequence

@@ -104,4 +104,3 @@ def _search(model, beams, new, params, adapters, tokens, padding, ends) -> tuple
 
     _, _, made, scores, _ = jax.lax.fori_loop(0, new, advance, (hidden, cache, made, scores, ended))
     return made, scores
-

@@ -129,12 +129,12 @@ def _by_protection(panel: Axes, merged: Sequence[Found]) -> None:
     panel.barh(places - 0.19, [case["recall"] for case in own], 0.36, color=_COLOURS[0], label="found in the span")
     panel.barh(places + 0.19, [case["ranked"] for case in own], 0.36, color=_COLOURS[5], label="among the nearest")
     panel.set_yticks(places, [_short(case) for case in own])
-    panel.set(xlim=(0, 1.04), xlabel="share of private tokens")
+    ranks = "/".join(str(rank) for rank in sorted({case["rank"] for case in own}))
+    panel.set(xlim=(0, 1.04), xlabel=f"share of private tokens (rank {ranks})")
     panel.invert_yaxis()
     panel.grid(visible=False, axis="y")
     if own:
-        panel.set_title(f"rank {own[0]['rank']}", loc="left", fontsize=10)
-        panel.legend(fontsize=9, loc="lower right")
+        panel.legend(fontsize=9, loc="lower left", bbox_to_anchor=(-0.01, 1), ncols=2, borderaxespad=0)
 
 
 def _short(case: Found) -> str:

@@ -43,6 +43,10 @@ class Leak(NamedTuple):
     beam: Estimate | None
     tries: float
 
+    def point(self, estimate: Estimate) -> tuple[float, float, float, float]:
+        """An estimate of this row as a plot takes it."""
+        return (self.repetitions, estimate.value, estimate.low, estimate.high)
+
 
 def extracted(secret: Mapping[str, Any], name: str = "greedy") -> bool:
     """Whether greedy decoding gives the whole value; whether it then ends the turn does not matter."""

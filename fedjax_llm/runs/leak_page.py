@@ -1,4 +1,4 @@
-"""A page about leaks: sections of words, tables, figures and texts side by side, as HTML that opens offline, and Markdown."""
+"""A page about leaks: sections of words, tables, figures and texts side by side; HTML that opens offline, Markdown."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

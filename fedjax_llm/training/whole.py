@@ -5,7 +5,7 @@ The rows design freezes the base; here it moves, so the loss is computed without
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +30,7 @@ class Whole(NamedTuple):
     optimizer: PyTree
 
 
-def start(
-    optimizer: optax.GradientTransformation, params: Params, adapters: Adapters, trained: Trained
-) -> Whole:
+def start(optimizer: optax.GradientTransformation, params: Params, adapters: Adapters, trained: Trained) -> Whole:
     """Before the first step.
 
     Args:
@@ -86,7 +84,7 @@ def step(
       The next state, and the loss before the step (nats).
     """
 
-    def loss(moving: PyTree) -> Array:
+    def loss(moving: Any) -> Array:
         params, adapters = (moving, state.adapters) if trained == "weights" else (state.params, moving)
         tokens, row, position, token, weight, count = batch
         hidden = model.hidden(params, lora.scaled(adapters, scaling), tokens)
@@ -94,10 +92,10 @@ def step(
         nll = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
         return jnp.sum(weight * nll) / count
 
-    moving = state.params if trained == "weights" else state.adapters
+    moving: Any = state.params if trained == "weights" else state.adapters
     value, gradient = jax.value_and_grad(loss)(moving)
     updates, kept = optimizer.update(gradient, state.optimizer, moving)
-    moved = optax.apply_updates(moving, updates)
+    moved: Any = optax.apply_updates(moving, updates)
     params, adapters = (moved, state.adapters) if trained == "weights" else (state.params, moved)
     return Whole(params, adapters, kept), value
 

@@ -132,7 +132,8 @@ def broken(change):
     [
         (lambda all_: all_["lora"].update(wings=2), "place was written by another version: Lora has no wings here"),
         (lambda all_: all_["training"]["optimizer"].update(b=1, a=2), "Optimizer has no a, b here"),
-        (lambda all_: all_["lora"].update(rank="eight"), "rank"),
+        (lambda all_: all_["lora"].update(rank="eight"), "place does not fit this version's Lora: .*str"),
+        (lambda all_: all_["data"].update(source={"class": "SiteFiles"}), "this version's SiteFiles: .*'paths'"),
         (lambda all_: all_.update(seed=-1), "seed is -1"),
         (lambda all_: all_["model"].pop("class"), "model is .*; it must be a Model"),
         (lambda all_: all_.update({"class": "Lora"}), "place was written by another version: Lora has no"),

@@ -87,6 +87,14 @@ def test_tries_are_the_least_that_reach_the_level(numerator, more, level):
     assert n == 1 or not reached(exact, int(n) - 1)(wanted + slack)
 
 
+def test_a_level_that_is_just_reached_needs_no_further_try():
+    for tenths in range(1, 10):
+        for n in range(1, 30):
+            level = 1 - (1 - tenths / 10) ** n
+            if level < 1 - 1e-4:  # above, a float of the level has too few digits
+                assert tries(math.log(tenths / 10), level) == n
+
+
 @given(st.floats(-600, -1e-3), st.sampled_from([0.1, 0.5, 0.9]))
 def test_tries_of_any_probability(log_probability, level):
     # From n log(1 - p) = log(1 - level), where log(1 - p) is a series for what floats cannot hold.

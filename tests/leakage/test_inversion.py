@@ -14,12 +14,13 @@ from fedjax_llm.training.losses import target_nll
 from fedjax_llm.types import Adapters, Params
 from tests.tiny import tiny_adapters, tiny_model
 
-VOCABULARY = 24
-HOW = Inversion(steps=30, restarts=6, sweeps=3, candidates=VOCABULARY)
+VOCABULARY = 16
+COMPILED = jax.jit(relaxed_gradient, static_argnums=(0, 2))
+HOW = Inversion(steps=20, restarts=6, sweeps=3, candidates=VOCABULARY)
 
 
 def known() -> tuple[CausalLM, Params, Adapters]:
-    model, params = tiny_model(vocab_size=VOCABULARY)
+    model, params = tiny_model(vocab_size=VOCABULARY, layers=1)
     return model, params, tiny_adapters(model, rank=8, targets=("q_proj", "v_proj"))
 
 
@@ -27,8 +28,7 @@ def gradient(rows: np.ndarray, train: str) -> Adapters:
     model, params, adapters = known()
     trained, frozen = lora.split(adapters, train)
     weights = jnp.asarray(Batch((rows.shape[1],) * len(rows), (1,) * len(rows)).weights())
-    compiled = jax.jit(relaxed_gradient, static_argnums=(0, 2))
-    return compiled(model, params, 1.0, trained, frozen, jax.nn.one_hot(rows, VOCABULARY), weights)
+    return COMPILED(model, params, 1.0, trained, frozen, jax.nn.one_hot(rows, VOCABULARY), weights)
 
 
 def test_at_hard_tokens_the_relaxed_gradient_is_that_of_training():
@@ -61,11 +61,10 @@ def test_the_distance_is_zero_at_the_gradient_and_one_for_opposite_angles():
     assert float(distance(opposite, seen, 1.0, 0.0)) == pytest.approx(2, abs=1e-6)
 
 
-@pytest.mark.parametrize("train", ["both", "b"])
-def test_a_short_sequence_is_read_from_a_clean_gradient_and_not_from_a_noised_one(train: str):
+def test_a_short_sequence_is_read_from_a_clean_gradient_and_not_from_a_noised_one():
     model, params, adapters = known()
-    rows = np.array([[7, 19, 2, 11]])
-    seen, batch = gradient(rows, train), Batch((4,), (1,))
+    rows = np.array([[7, 2, 11]])
+    seen, batch = gradient(rows, "b"), Batch((3,), (1,))
     found = invert(HOW, model, params, 1.0, adapters, seen, batch, jax.random.key(0))
     assert found.sequences == [tuple(rows[0].tolist())]
     assert found.distance < 1e-4
@@ -79,7 +78,7 @@ def test_a_short_sequence_is_read_from_a_clean_gradient_and_not_from_a_noised_on
 
 def test_it_takes_adapters_on_layer_0_and_possible_settings():
     model, params, adapters = known()
-    upper = {path: own for path, own in adapters.items() if path.startswith("layers.1.")}
+    upper = {path.replace("layers.0.", "layers.1."): own for path, own in adapters.items()}
     with pytest.raises(UserError, match="lowest adapted layer is 1"):
         invert(HOW, model, params, 1.0, upper, upper, Batch((4,), (1,)), jax.random.key(0))
     with pytest.raises(UserError, match="learning_rate"):

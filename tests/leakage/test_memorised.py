@@ -38,7 +38,7 @@ class Known(NamedTuple):
 @pytest.fixture(scope="module")
 def known():
     """Trained on four copies of a secret, by Adam."""
-    base = tiny_base()
+    base = tiny_base(width=128)  # fewer numbers of unit size leave no token of random weights nearly certain
     secret, control = PlantedSecrets(None, (COPIES,), 1, kinds=("patient number",), seed=5).secrets(["clinic"])
     encoded, _ = encode_records(records_of([secret]), base.tokenizer, 128, "drop")
     fresh = lora.init(jax.random.key(0), LORA, base.model)
@@ -54,10 +54,11 @@ def quiet(count):
     """Takes progress and shows nothing."""
 
 
-def scored(known, secret, adapters=None):
+def scored(known, secret):
     example = answer_example(secret, question(secret), known.base.tokenizer, None)
-    base, given = known.base, known.adapters if adapters is None else adapters
-    (found,) = token_scores(base.model, LORA.scaling, base.params, given, [example], shapes=SHAPES, advance=quiet)
+    base = known.base
+    given = (base.model, LORA.scaling, base.params, known.adapters, [example])
+    (found,) = token_scores(*given, shapes=SHAPES, advance=quiet)
     return found
 
 
@@ -80,7 +81,7 @@ def test_a_memorised_secret_has_all_the_exposure_there_is(known):
     secret, control = exposed(known, known.adapters)
     assert secret.rank == 1
     assert secret.bits == pytest.approx(np.log2(REFERENCES + 1))
-    assert secret.extrapolated > 30
+    assert secret.extrapolated > 20
     assert control.rank > 1
     before, _ = exposed(known, lora.silent(known.adapters, known.base.params))
     assert before.rank > 1
@@ -109,13 +110,8 @@ def test_the_first_beam_is_the_secret_and_no_beam_is_the_control(known):
 
 
 def test_an_untrained_model_gives_nothing_away(known):
-    untrained = replace_adapters(known)
+    untrained = known._replace(adapters=lora.silent(known.adapters, known.base.params))
     found = scored(untrained, known.secret)
     assert greedy_prefix(found) == 0
     assert tries(float(found.log_prob.sum()), 0.5) > 1e6
     assert known.base.tokenizer.decode(answers(untrained, generate, known.secret)) != known.secret.value
-
-
-def replace_adapters(known):
-    """The same model under adapters that change nothing."""
-    return known._replace(adapters=lora.silent(known.adapters, known.base.params))
