@@ -4,12 +4,14 @@
     python -m experiments.bench --peers        (needs `make peers`)
     python -m experiments.bench --suite aggregation
     python -m experiments.bench --suite secure --json --plot growth.png
+    python -m experiments.bench --suite leakage
 
 One JSON object a case: seconds, real and padded tokens/s, GFLOP/s, share of this machine's measured f32 matmul peak,
 and peak memory. The private round (record-level DP-SGD at the sites) is set against the same round without privacy, and
 with ``--peers`` ours against each peer's: ``ratio`` is the median of ratios of runs that took turns. The suite
 ``aggregation`` times every server algorithm for a cohort of 64, against the clients' work, and a round of a thousand;
-``secure`` times secure aggregation against plain sums, in the quickstart's round, and its growth with the cohort.
+``secure`` times secure aggregation against plain sums, in the quickstart's round, and its growth with the cohort;
+``leakage`` times how the attacks score candidates, against a forward pass.
 """
 
 import json
@@ -29,6 +31,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from experiments.leak_cost import leakage_cases
 from experiments.secure_cost import plot_growth, secure_cases
 from experiments.server_cost import COHORT, many_clients_case, server_cases
 from fedjax_llm import trees
@@ -89,7 +92,8 @@ class Bench:
       batch: B, examples a step.
       length: L, tokens an example.
       repeats: timed repeats after one warm-up.
-      suite: what is measured: training ``steps`` and rounds, the ``aggregation``, or ``secure`` aggregation.
+      suite: what is measured: training ``steps`` and rounds, the ``aggregation``, ``secure`` aggregation, or how the
+        attacks on ``leakage`` score.
       plot: draw the growth of ``secure`` aggregation into this file.
       peers: also time the peers, taking turns.
       only: of the peers, those that are named.
@@ -104,7 +108,7 @@ class Bench:
     batch: int = 4
     length: int = 64
     repeats: int = 5
-    suite: Literal["steps", "aggregation", "secure"] = "steps"
+    suite: Literal["steps", "aggregation", "secure", "leakage"] = "steps"
     plot: Path | None = None
     peers: bool = False
     only: tuple[str, ...] = tuple(peer.name for peer in PEERS)
@@ -309,6 +313,9 @@ def cases(bench: Bench) -> Iterator[dict[str, Any]]:
     use_compilation_cache()
     if bench.suite == "secure":
         yield from secure_suite(bench)
+        return
+    if bench.suite == "leakage":
+        yield from leakage_cases(load(bench.model), ADAPTERS, bench.length, bench.repeats)
         return
     peak = matmul_peak()
     base = load(bench.model)

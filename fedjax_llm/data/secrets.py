@@ -20,10 +20,10 @@ _FIRST = (
 )  # fmt: skip
 _LAST = (
     "Abendroth", "Birkmoor", "Cardew", "Dunleigh", "Eschbach", "Fernhall", "Grimsdal", "Hollowek", "Iverness",
-    "Jandrik", "Kestrell", "Lindqvar", "Marchetal", "Norvand", "Ostergrove", "Pellworm", "Quennell", "Rastvik", "Silberay",
-    "Thornquist", "Ulverson", "Vandermoor", "Westerholt", "Yarrowby", "Zimmerle", "Ashcombe", "Brennigan", "Colverdale",
-    "Drachmann", "Elmsworth", "Falkenau", "Garrowin", "Hestermann", "Ingleborn", "Jessamyn", "Kirchwald", "Lockridge",
-    "Merriden", "Nettleton", "Oakenfold",
+    "Jandrik", "Kestrell", "Lindqvar", "Marchetal", "Norvand", "Ostergrove", "Pellworm", "Quennell", "Rastvik",
+    "Silberay", "Thornquist", "Ulverson", "Vandermoor", "Westerholt", "Yarrowby", "Zimmerle", "Ashcombe", "Brennigan",
+    "Colverdale", "Drachmann", "Elmsworth", "Falkenau", "Garrowin", "Hestermann", "Ingleborn", "Jessamyn",
+    "Kirchwald", "Lockridge", "Merriden", "Nettleton", "Oakenfold",
 )  # fmt: skip
 _STREETS = ("Alder", "Birch", "Cedar", "Dogwood", "Elder", "Fir", "Gorse", "Hazel", "Ivy", "Juniper", "Larch", "Maple",
             "Oak", "Poplar", "Rowan", "Willow")  # fmt: skip
