@@ -334,7 +334,7 @@ def _trained(
 
 
 def _checked(case: Case, attack: CuriousServer, base: BaseModel, text: Text, victims: Victims) -> dict[str, Any]:
-    """The span check, and the order of the tokens where it is exact."""
+    """The span check, and the order of the tokens where it is conclusive."""
     found = span_check.recover_tokens(base.model, base.params, victims.before, victims.update)
     # The last token of an example is only ever a target: it leaves no trace in the inputs.
     inputs = [tuple(example.tokens[:-1].tolist()) for example in victims.examples]

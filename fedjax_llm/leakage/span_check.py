@@ -67,16 +67,17 @@ class Check(NamedTuple):
         return 0 < self.basis.shape[1] <= most - max(1, int(_SPARE * most))
 
 
-Verdict = Literal["exact", "saturated", "silent"]
-"""``exact``: the whole span is seen; ``saturated``: the batch has more distinct inputs than the update has rank;
-``silent``: the update is zero."""
+Verdict = Literal["conclusive", "saturated", "silent"]
+"""``conclusive``: the update has less than full rank, so that tokens can be checked one by one, but for those that
+rounding hides; ``saturated``: the batch has more distinct inputs than the update has rank; ``silent``: the update is
+zero."""
 
 
 class TokensFound(NamedTuple):
     """What the update of layer 0 tells about the tokens of the batch.
 
     Attributes:
-      tokens: int [n], those in the span, ascending; none unless the verdict is ``exact``.
+      tokens: int [n], those in the span, ascending; none unless the verdict is ``conclusive``.
       residuals: f32 [V], every token's relative distance from what is seen of the span; 1 where nothing is.
       rank: of what is seen.
       verdict: what the check can say.
@@ -226,7 +227,7 @@ def recover_tokens(
     checks = checks_of(update, adapters, 0, differences=differences)
     residuals = residuals_of(checks, vocabulary_inputs(model, params))
     exact = bool(checks) and all(check.conclusive for check in checks)
-    verdict: Verdict = "exact" if exact else "saturated" if _moved(update, 0) else "silent"
+    verdict: Verdict = "conclusive" if exact else "saturated" if _moved(update, 0) else "silent"
     tokens = tokens_in_span(residuals, threshold) if exact else np.zeros(0, np.int64)
     return TokensFound(tokens, residuals, max((check.basis.shape[1] for check in checks), default=0), verdict)
 
