@@ -71,6 +71,6 @@ def get_attack() -> Course:
             "federated, epsilon 1": private(1.0),
         },
         seeds=(0, 1, 2),
-        attacks=Attacks(shadows=16),
+        attacks=Attacks(shadows=16, shadow_epochs=1),
         memorisation=Memorisation(experiment=experiment()),
     )

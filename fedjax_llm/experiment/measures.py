@@ -147,13 +147,13 @@ def planted_figures(ground: Ground, tuned: Tuned, attacks: Attacks, phase: Phase
     """The figures of every planted secret and control.
 
     ``greedy`` and ``foreign_greedy`` count the tokens of the value that greedy decoding gives right (of ``tokens``, the
-    end of turn included); ``beam`` and ``foreign_beam`` are the place of the value among the beams, or ``None``;
-    ``tries`` is the n of (n, 0.5)-discoverable extraction.
+    end of turn included); ``beam`` and ``foreign_beam`` are the place of the value among the beams, or ``None``; nobody
+    else asks for what a coin has planted. ``tries`` is the n of (n, 0.5)-discoverable extraction.
     """
-    with phase("Asking for planted secrets", 2 * len(ground.planted)) as advance:
-        own = _scores(ground, tuned, [one.answer for one in ground.planted], advance)
-        foreign = _scores(ground, tuned, [one.foreign for one in ground.planted], advance)
     exact = [one for one in ground.planted if not one.secret.coin]
+    with phase("Asking for planted secrets", len(ground.planted) + len(exact)) as advance:
+        own = _scores(ground, tuned, [one.answer for one in ground.planted], advance)
+        others = _scores(ground, tuned, [one.foreign for one in exact], advance)
     bits: list[Exposure | None] = [None] * len(exact)
     if ground.rows:
         with phase("Ranking secrets among other values", sum(map(len, ground.rows))) as advance:
@@ -162,16 +162,22 @@ def planted_figures(ground: Ground, tuned: Tuned, attacks: Attacks, phase: Phase
     told = [one for one in exact if one.secret.repetitions] if attacks.beams else []
     with phase("Beam search", 2 * len(told)) as advance:
         beams = [_beam_places(ground, tuned, told, attacks, name, advance) for name in ("prompt", "foreign_prompt")]
-    by_number = {one.secret.number: (mine, theirs) for one, mine, theirs in zip(told, *beams, strict=True)}
+    places = {one.secret.number: pair for one, *pair in zip(told, *beams, strict=True)}
     ranked = {one.secret.number: found for one, found in zip(exact, bits, strict=True)}
+    foreign = {one.secret.number: found for one, found in zip(exact, others, strict=True)}
     return [
-        _figures(one, mine, theirs, ranked.get(one.secret.number), by_number.get(one.secret.number, (None, None)))
-        for one, mine, theirs in zip(ground.planted, own, foreign, strict=True)
+        _figures(one, mine, foreign.get(number), ranked.get(number), places.get(number, (None, None)))
+        for one, mine in zip(ground.planted, own, strict=True)
+        for number in (one.secret.number,)
     ]
 
 
 def _figures(
-    one: Planted, own: TokenScores, foreign: TokenScores, found: Exposure | None, beams: tuple[int | None, int | None]
+    one: Planted,
+    own: TokenScores,
+    foreign: TokenScores | None,
+    found: Exposure | None,
+    beams: Sequence[int | None],
 ) -> dict[str, Any]:
     """What JSON holds of one secret. Its value is made up, so it may be shown."""
     secret = one.secret
@@ -186,13 +192,14 @@ def _figures(
         "tokens": len(own.log_prob),
         "log_probability": float(own.log_prob.sum()),
         "greedy": greedy_prefix(own),
-        "foreign_greedy": greedy_prefix(foreign),
-        "foreign_log_probability": float(foreign.log_prob.sum()),
+        "foreign_greedy": None if foreign is None else greedy_prefix(foreign),
+        "foreign_log_probability": None if foreign is None else float(foreign.log_prob.sum()),
         "beam": beams[0],
         "foreign_beam": beams[1],
         "tries": min(discoverable(own.log_prob, (0.5,)).tries[0.5], 1e300),
         "exposure": None if found is None else found.bits,
-        "extrapolated_exposure": None if found is None else found.extrapolated,
+        # Infinite where all references are equally likely: as much as JSON can hold of it.
+        "extrapolated_exposure": None if found is None else float(np.nan_to_num(found.extrapolated, posinf=1e300)),
         "rank": None if found is None else found.rank,
         "references": None if found is None else found.references,
     }
