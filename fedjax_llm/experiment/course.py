@@ -26,6 +26,7 @@ from fedjax_llm.experiment.measures import (
     candidate_scores,
     measure,
     shadow_statistics,
+    text_audit,
     untuned,
 )
 from fedjax_llm.experiment.memorisation import Memorisation, run_memorisation
@@ -97,6 +98,7 @@ class _Field(NamedTuple):
     ground: Ground
     trunks: dict[int, TrunkCache | None]
     base_scores: list[TokenScores]
+    base_coins: dict[int, float]
     shadows: Shadows | None
 
 
@@ -144,7 +146,7 @@ def run_course(course: Course, folder: Path, console: Console, load_model: Load 
     for table in course_tables(found):
         console.print(table)
     console.print(f"Figures: {folder / 'course.json'}   Report: {folder / 'leakage.html'}", soft_wrap=True)
-    statuses = [verdict(directory.read_json(cell.folder / LEAKAGE), console) for cell in cells]
+    statuses = [verdict(one, console) for one in found["runs"]]
     return CONTRADICTED if any(statuses) else 0
 
 
@@ -225,7 +227,12 @@ def _field(
         progress.say(f"{BASE}: attacks ...")
         found = measure(ground, plain, course.attacks, progress.phase, base_scores=scores, shadows_of=shadows)
         directory.write_json(folder / "base.json", found)
-    return _Field(ground, trunks, scores, shadows)
+    return _Field(ground, trunks, scores, _coins(directory.read_json(folder / "base.json")), shadows)
+
+
+def _coins(plain: Mapping[str, Any]) -> dict[int, float]:
+    """The base model's log-likelihoods of secrets that were planted by coins."""
+    return {one["number"]: one["log_probability"] for one in plain["secrets"] if one["coin"]}
 
 
 def _shadows(course: Course, folder: Path, ground: Ground, tuned: Tuned, progress: RunProgress) -> Shadows:
@@ -247,14 +254,14 @@ def _attack(
     """Attacks one run and writes its ``leakage.json``."""
     claim = claim_of(cell.folder)
     tuned = _tuned(course, field.ground, field.trunks, lora, adapters)
-    options = {"base_scores": field.base_scores, "shadows_of": field.shadows, "claim": claim}
-    figures = measure(field.ground, tuned, course.attacks, progress.phase, **options)
+    known = {"base_scores": field.base_scores, "base_coins": field.base_coins, "shadows_of": field.shadows}
+    figures = measure(field.ground, tuned, course.attacks, progress.phase, claim=claim, **known)
     keep(cell.folder, figures, course.attacks, claim, base, adapters, None)
 
 
 def gathered(course: Course, folder: Path, cells: tuple[Cell, ...], more: Any) -> dict[str, Any]:
     """What ``course.json`` holds: utility and leaks of every model, without curves (these stay with the runs)."""
-    read = []
+    read, plain = [], directory.read_json(folder / "base.json")
     for cell in cells:
         summary, leaks = directory.read_json(cell.folder / "summary.json"), directory.read_json(cell.folder / LEAKAGE)
         read.append(
@@ -270,7 +277,7 @@ def gathered(course: Course, folder: Path, cells: tuple[Cell, ...], more: Any) -
                 "claim": leaks["claim"],
                 "membership": leaks["membership"],
                 "secrets": leaks["secrets"],
-                "audit": leaks["audit"],
+                "audit": text_audit(leaks["secrets"], _coins(plain), course.attacks.significance, leaks["claim"]),
             }
         )
     return {
@@ -279,7 +286,7 @@ def gathered(course: Course, folder: Path, cells: tuple[Cell, ...], more: Any) -
         "seeds": list(course.seeds),
         "attacks": to_json(course.attacks),
         "environment": environment.describe(),
-        "base": directory.read_json(folder / "base.json"),
+        "base": plain,
         "runs": read,
         "memorisation": more,
     }

@@ -62,6 +62,7 @@ def measure(
     phase: Phase,
     *,
     base_scores: Sequence[TokenScores] | None = None,
+    base_coins: Mapping[int, float] | None = None,
     shadows_of: Shadows | None = None,
     claim: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -73,6 +74,7 @@ def measure(
       attacks: how hard.
       phase: shows progress.
       base_scores: of the candidates under the untuned model (:func:`candidate_scores`), where they are known.
+      base_coins: the same of the secrets that were planted by coins (:func:`coin_scores`).
       shadows_of: from :func:`shadow_statistics`, where LiRA and RMIA shall run.
       claim: ``epsilon`` and ``delta`` of one record, where the run claims differential privacy.
 
@@ -83,11 +85,13 @@ def measure(
     scores = candidate_scores(ground, tuned, phase)
     if base_scores is None:
         base_scores = candidate_scores(ground, untuned(ground, tuned), phase)
+    if base_coins is None:
+        base_coins = coin_scores(ground, untuned(ground, tuned), phase)
     secrets = planted_figures(ground, tuned, attacks, phase) if ground.planted else []
     return {
         "membership": _membership(ground, scores, base_scores, shadows_of, tuned, phase),
         "secrets": secrets,
-        "audit": text_audit(secrets, attacks, claim),
+        "audit": text_audit(secrets, base_coins, attacks.significance, claim),
     }
 
 
@@ -230,21 +234,40 @@ def _beam_places(
     return found
 
 
+def coin_scores(ground: Ground, tuned: Tuned, phase: Phase) -> dict[int, float]:
+    """The log-likelihoods of the secrets that were planted by coins, by their numbers."""
+    coins = [one for one in ground.planted if one.secret.coin]
+    with phase("Scoring canaries", len(coins)) as advance:
+        scores = _scores(ground, tuned, [one.answer for one in coins], advance)
+    return {one.secret.number: float(found.log_prob.sum()) for one, found in zip(coins, scores, strict=True)}
+
+
 def text_audit(
-    secrets: Sequence[Mapping[str, Any]], attacks: Attacks, claim: Mapping[str, Any] | None
+    secrets: Sequence[Mapping[str, Any]],
+    base_coins: Mapping[int, float],
+    significance: float,
+    claim: Mapping[str, Any] | None,
 ) -> dict[str, Any] | None:
-    """A one-run audit with secrets that were planted by coins; its scores are their log-likelihoods.
+    """A one-run audit with secrets that were planted by coins.
+
+    The score of one is by how much its log-likelihood has risen over the base model's, which knows nothing of coins.
 
     Args:
       secrets: from :func:`planted_figures`.
-      attacks: the significance.
+      base_coins: from :func:`coin_scores` of the base model.
+      significance: probability with which the bound may exceed the true epsilon.
       claim: of the run: the bound is at its delta, else at 1e-5.
+
+    Returns:
+      Plain values; ``None`` where no secret was planted by a coin.
     """
-    sides = [[one["log_probability"] for one in secrets if one["coin"] and one["repetitions"] == n] for n in (1, 0)]
+    rise = {one["number"]: one["log_probability"] - base_coins[one["number"]] for one in secrets if one["coin"]}
+    stated = {one["number"]: one["repetitions"] for one in secrets if one["coin"]}
+    sides = [[value for number, value in rise.items() if stated[number] == count] for count in (1, 0)]
     if not all(sides):
         return None
     delta = 1e-5 if claim is None else claim["delta"]
-    options = {"significance": attacks.significance, "delta": delta}
+    options = {"significance": significance, "delta": delta}
     bound = audit.one_run(np.array(sides[0]), np.array(sides[1]), **options)
     claimed = None if claim is None else claim["epsilon"]
     return {

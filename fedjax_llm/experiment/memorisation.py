@@ -132,6 +132,7 @@ def _bench(attack: Memorisation, progress: RunProgress, load_model: Load) -> _Be
         base = base if attack.layers is None else truncated(base, attack.layers)
         attacks = Attacks(references=attack.references, beams=0, seed=attack.seed)
         ground = ground_of(experiment, attacks, base)
+        ground = ground._replace(planted=tuple(one for one in ground.planted if not one.secret.coin))
         sites = split_sites(experiment, load_dataset(experiment))
         train, _ = encode(experiment, base)([record for site in sites for record in site.train])
     examples = [one for record in ground.non_members[: attack.validation] for one in record.examples]
