@@ -56,6 +56,7 @@ def attack_run(
     experiment = _experiment(run, experiment)
     folder = adapter_folder(run, site)
     encryption.vault_of(run)
+    claim = claim_of(run)
     with RunProgress(1, console) as progress:
         with progress.phase(f"Loading the model {experiment.model.name}"):
             base = load_model(experiment.model.name, experiment.model.dtype)
@@ -64,7 +65,6 @@ def attack_run(
             ground = ground_of(experiment, attacks, base)
         tuned = Tuned(lora, adapters, trunk_of(ground, attacks, lowest_adapted(adapters)))
         shadows = shadow_statistics(ground, tuned, attacks, progress.phase) if attacks.shadows else None
-        claim = claim_of(run)
         figures = measure(ground, tuned, attacks, progress.phase, shadows_of=shadows, claim=claim)
         found = keep(run, figures, attacks, claim, base, adapters, site)
         leak_page.write(run, f"What {run.name} gives away", *run_sections(found))

@@ -29,7 +29,7 @@ from fedjax_llm.experiment.measures import (
     text_audit,
     untuned,
 )
-from fedjax_llm.experiment.memorisation import Memorisation, run_memorisation
+from fedjax_llm.experiment.memorisation import RESULT, Memorisation, run_memorisation
 from fedjax_llm.experiment.prepare import Load, Trunks
 from fedjax_llm.experiment.run import run
 from fedjax_llm.experiment.sweep import Changes, changed, folder_name
@@ -46,6 +46,7 @@ from fedjax_llm.types import Adapters
 
 BASE = "base model"
 _INTERRUPTED = 130
+_FULL = "full-fine-tuning"
 
 
 @dataclass(frozen=True)
@@ -123,31 +124,45 @@ def run_course(course: Course, folder: Path, console: Console, load_model: Load 
     cells = cells_of(course, folder)
     _check_settings(cells)
     once = functools.lru_cache(maxsize=1)(load_model)
-    trunks: Trunks = {}
     with directory.locked(folder), RunProgress(1, console) as progress:
-        with progress.phase("Training", len(cells), "runs") as advance:
-            for cell in cells:
-                if not (cell.folder / "report.html").exists():
-                    progress.say(f"{cell.way}, seed {cell.seed}: training ...")
-                    if _train(cell, once, trunks) == _INTERRUPTED:
-                        progress.say("Stopped. Finished runs are kept; the same command goes on with the others.")
-                        return _INTERRUPTED
-                advance(1)
+        if _train_all(cells, once, progress) == _INTERRUPTED:
+            progress.say("Stopped. Finished runs are kept; the same command goes on with the others.")
+            return _INTERRUPTED
         _attack_all(course, folder, cells, once, progress)
-        more = None
+        found = _write(course, folder, cells)
         if course.memorisation is not None:
-            run_memorisation(course.memorisation, folder / "full-fine-tuning", console, once)
-            more = directory.read_json(folder / "full-fine-tuning" / "memorisation.json")
-        found = gathered(course, folder, cells, more)
-        directory.write_json(folder / "course.json", found)
-        leak_page.write(
-            folder, "Centralised, federated, federated and private: what each gives away", *course_sections(found)
-        )
+            run_memorisation(course.memorisation, folder / _FULL, console, once)
+            found = _write(course, folder, cells)
     for table in course_tables(found):
         console.print(table)
     console.print(f"Figures: {folder / 'course.json'}   Report: {folder / 'leakage.html'}", soft_wrap=True)
     statuses = [verdict(one, console) for one in found["runs"]]
     return CONTRADICTED if any(statuses) else 0
+
+
+def _write(course: Course, folder: Path, cells: tuple[Cell, ...]) -> dict[str, Any]:
+    """Writes the figures and the page from what there is."""
+    path = folder / _FULL / RESULT
+    more = directory.read_json(path) if path.exists() else None
+    whole = more is not None and len(more["trainings"]) == 2  # one training alone compares with nothing
+    found = gathered(course, folder, cells, more if whole else None)
+    directory.write_json(folder / "course.json", found)
+    title = "Centralised, federated, federated and private: what each gives away"
+    leak_page.write(folder, title, *course_sections(found))
+    return found
+
+
+def _train_all(cells: tuple[Cell, ...], load_once: Load, progress: RunProgress) -> int:
+    """Trains what is left; 0, or the status of a run that Ctrl-C has ended."""
+    trunks: Trunks = {}
+    with progress.phase("Training", len(cells), "runs") as advance:
+        for cell in cells:
+            if not (cell.folder / "report.html").exists():
+                progress.say(f"{cell.way}, seed {cell.seed}: training ...")
+                if _train(cell, load_once, trunks) == _INTERRUPTED:
+                    return _INTERRUPTED
+            advance(1)
+    return 0
 
 
 def cells_of(course: Course, folder: Path) -> tuple[Cell, ...]:

@@ -198,8 +198,6 @@ def _figures(
         "greedy": greedy_prefix(own),
         "foreign_greedy": None if foreign is None else greedy_prefix(foreign),
         "foreign_log_probability": None if foreign is None else float(foreign.log_prob.sum()),
-        "beam": beams[0],
-        "foreign_beam": beams[1],
         "tries": min(discoverable(own.log_prob, (0.5,)).tries[0.5], 1e300),
         "exposure": None if found is None else found.bits,
         # Infinite where all references are equally likely: as much as JSON can hold of it.

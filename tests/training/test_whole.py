@@ -112,20 +112,18 @@ def test_a_text_is_learnt_by_heart(what):
 
 
 @given(size=st.integers(1, 6), steps=st.integers(1, 9), count=st.integers(1, 4), seed=st.integers(0, 2**32 - 1))
-def test_batches_are_shuffled_passes(size, steps, count, seed):
+def test_batches_are_passes_over_all_examples(size, steps, count, seed):
     work = batches(seed, steps, size, EXAMPLES[:count])
     assert [len(batch.examples) for batch in work] == [size] * steps
     assert len({batch.tokens.shape for batch in work}) == len({batch.target_token.shape for batch in work}) == 1
-    order = [one.record_id for batch in work for one in batch.examples]
-    everything = {one.record_id for one in EXAMPLES[:count]}
-    for first in range(0, len(order), count):
-        part = order[first : first + count]
-        assert len(set(part)) == len(part)
-        assert len(part) < count or set(part) == everything
-    assert max(Counter(order).values()) - min(Counter(order)[one] for one in everything) <= 1
+    seen = Counter({one.record_id: 0 for one in EXAMPLES[:count]})
+    for batch in work:
+        seen.update(one.record_id for one in batch.examples)
+        assert len(seen) == count
+        assert max(seen.values()) - min(seen.values()) <= 1
 
 
 def test_passes_are_in_different_orders_and_the_rng_decides():
-    orders = [[one.record_id for batch in batches(seed, 8, 4) for one in batch.examples] for seed in (0, 0, 1)]
+    orders = [[batch.examples[0].record_id for batch in batches(seed, 48, 1)] for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
-    assert len({tuple(orders[0][i : i + 4]) for i in range(0, 32, 4)}) > 1  # eight equal passes: 24^-7
+    assert len({tuple(orders[0][i : i + 4]) for i in range(0, 48, 4)}) > 1
