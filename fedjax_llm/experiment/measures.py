@@ -200,8 +200,7 @@ def _figures(
         "foreign_log_probability": None if foreign is None else float(foreign.log_prob.sum()),
         "tries": min(discoverable(own.log_prob, (0.5,)).tries[0.5], 1e300),
         "exposure": None if found is None else found.bits,
-        # Infinite where all references are equally likely: as much as JSON can hold of it.
-        "extrapolated_exposure": None if found is None else float(np.nan_to_num(found.extrapolated, posinf=1e300)),
+        "extrapolated_exposure": None if found is None else found.extrapolated,
         "rank": None if found is None else found.rank,
         "references": None if found is None else found.references,
     }

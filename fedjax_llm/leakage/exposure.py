@@ -24,6 +24,10 @@ _OPTIONS = 24
 """Values in one row behind one prompt: more share the prompt's cost, but all pay for the mask of a longer row."""
 
 
+_MOST_BITS = 100.0
+"""Extrapolated exposure ends here: no value of any kind has so many bits, and the tail of a fit says no more."""
+
+
 class Exposure(NamedTuple):
     """Of one secret.
 
@@ -32,7 +36,7 @@ class Exposure(NamedTuple):
       references: N.
       bits: ``log2(N + 1) - log2(rank)``; ``log2(N + 1)`` at most.
       extrapolated: minus log2 of the share of values that are as likely, by a skew-normal distribution of the
-        references' log-likelihoods (section 4.3 there): an estimate, which goes beyond N.
+        references' log-likelihoods (section 4.3 there): an estimate, which goes beyond N, and 100 at most.
     """
 
     rank: int
@@ -57,14 +61,15 @@ def _extrapolated(value: float, others: np.ndarray) -> float:
     """The exposure by a fitted distribution. Moments decide it, not likelihood: that is quick, and never diverges."""
     mean, std = float(np.mean(others)), float(np.std(others))
     if not std:
-        return 0.0 if value <= mean else float("inf")
+        return 0.0 if value <= mean else _MOST_BITS
     # The skewness that a skew-normal can have ends short of 0.9953.
     skew = float(np.clip(stats.skew(others), -0.99, 0.99))
     third = abs(skew) ** (2 / 3)
     delta = np.sign(skew) * np.sqrt(np.pi / 2 * third / (third + ((4 - np.pi) / 2) ** (2 / 3)))
     scale = std / np.sqrt(1 - 2 * delta**2 / np.pi)
     place = mean - scale * delta * np.sqrt(2 / np.pi)
-    return -_log_tail((value - place) / scale, delta / np.sqrt(1 - delta**2)) / float(np.log(2))
+    bits = -_log_tail((value - place) / scale, delta / np.sqrt(1 - delta**2)) / float(np.log(2))
+    return float(np.clip(np.nan_to_num(bits, nan=0.0, posinf=_MOST_BITS), 0.0, _MOST_BITS))
 
 
 def _log_tail(place: float, shape: float) -> float:
