@@ -74,7 +74,7 @@ def known_experiment(words: Path, **fields: Any) -> Experiment:
 def trained(experiment: Experiment, folder: Path) -> Path:
     """Its run, finished; gives the folder."""
     quiet = Console(file=io.StringIO(), width=120)
-    assert run(experiment, folder, console=quiet, load_model=load_tiny) == 0
+    assert run(experiment, folder, resume=False, console=quiet, load_model=load_tiny) == 0
     return folder
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from fedjax_llm import config, peft
 from fedjax_llm.config import MAY_CHANGE, Experiment, to_json
+from fedjax_llm.data.planted import PlantedSecrets
 from fedjax_llm.errors import UserError
 from fedjax_llm.experiment.attacked_run import LEAKAGE, claim_of, keep, verdict
 from fedjax_llm.experiment.compilation import use_compilation_cache
@@ -71,6 +72,9 @@ class Course:
         """Refuses an empty course, data that differ, and what no adapters of all sites come from."""
         if not self.ways or not self.seeds:
             raise UserError("a course needs at least one way and one seed")
+        source = self.experiment.data.source
+        if not (isinstance(source, PlantedSecrets) and source.repetitions and source.per_repetition):
+            raise UserError("a course needs secrets planted without coins: set repetitions and per_repetition")
         if BASE in self.ways:
             raise UserError(f"no way can be called {BASE!r}: that is the model before training")
         for name, changes in self.ways.items():
@@ -125,6 +129,7 @@ def run_course(course: Course, folder: Path, console: Console, load_model: Load 
     _check_settings(cells)
     once = functools.lru_cache(maxsize=1)(load_model)
     with directory.locked(folder), RunProgress(1, console) as progress:
+        _check_attacks(course.attacks, folder)
         if _train_all(cells, once, progress) == _INTERRUPTED:
             progress.say("Stopped. Finished runs are kept; the same command goes on with the others.")
             return _INTERRUPTED
@@ -191,6 +196,19 @@ def _check_settings(cells: tuple[Cell, ...]) -> None:
                 f"the run in {cell.folder} was started with other settings:\n{listed}\n"
                 "take the settings back, choose another folder with --out, or remove that run's folder"
             )
+
+
+def _check_attacks(attacks: Attacks, folder: Path) -> None:
+    """Refuses a folder whose figures are of other attacks; a new one learns which they are."""
+    path, settings = folder / "attacks.json", to_json(attacks)
+    changes = directory.differences(directory.read_json(path), settings) if path.exists() else []
+    if changes:
+        listed = "\n".join(f"  {line}" for line in changes)
+        raise UserError(
+            f"the models in {folder} were attacked with other settings:\n{listed}\n"
+            "take the settings back, or choose another folder with --out"
+        )
+    directory.write_json(path, settings)
 
 
 def _train(cell: Cell, load_once: Load, trunks: Trunks) -> int:

@@ -37,6 +37,7 @@ def _row(name: str, runs: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     """One model: utility, then leaks."""
     losses = [one["final"]["nll"] for one in runs]
     planted = [secret for one in runs for secret in one["secrets"] if secret["repetitions"] and not secret["coin"]]
+    beams = [secret for secret in planted if "beam" in secret]
     often = [secret for secret in planted if secret["repetitions"] >= OFTEN and secret["exposure"] is not None]
     claims = [one["claim"]["epsilon"] for one in runs if one["claim"] is not None]
     low, high = (sum(one["final"][key] for one in runs) / len(runs) for key in ("nll_low", "nll_high"))
@@ -50,7 +51,7 @@ def _row(name: str, runs: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
         f"{sum(one['final']['token_accuracy'] for one in runs) / len(runs):.1%}",
         percent(share_of([one["greedy"] >= one["tokens"] - 1 for one in planted])),
         percent(share_of([one["foreign_greedy"] >= one["tokens"] - 1 for one in planted])),
-        percent(share_of([bool(one["beam"] or one["foreign_beam"]) for one in planted])),
+        percent(share_of([bool(one["beam"] or one["foreign_beam"]) for one in beams]) if beams else None),
         str(mean_of([one["exposure"] for one in often])) if often else "-",
         f"{area.value:.3f} [{area.low:.3f}, {area.high:.3f}] ({ATTACK_NAMES[attack]})",
         f"{max(shown):.2f}" if shown else "-",

@@ -151,8 +151,9 @@ def planted_figures(ground: Ground, tuned: Tuned, attacks: Attacks, phase: Phase
     """The figures of every planted secret and control.
 
     ``greedy`` and ``foreign_greedy`` count the tokens of the value that greedy decoding gives right (of ``tokens``, the
-    end of turn included); ``beam`` and ``foreign_beam`` are the place of the value among the beams, or ``None``; nobody
-    else asks for what a coin has planted. ``tries`` is the n of (n, 0.5)-discoverable extraction.
+    end of turn included); ``beam`` and ``foreign_beam`` are the place of the value among the beams, or ``None``, and
+    absent where no beams were made; nobody else asks for what a coin has planted. ``tries`` is the n of
+    (n, 0.5)-discoverable extraction.
     """
     exact = [one for one in ground.planted if not one.secret.coin]
     with phase("Asking for planted secrets", len(ground.planted) + len(exact)) as advance:
@@ -166,23 +167,20 @@ def planted_figures(ground: Ground, tuned: Tuned, attacks: Attacks, phase: Phase
     told = [one for one in exact if one.secret.repetitions] if attacks.beams else []
     with phase("Beam search", 2 * len(told)) as advance:
         beams = [_beam_places(ground, tuned, told, attacks, name, advance) for name in ("prompt", "foreign_prompt")]
-    places = {one.secret.number: pair for one, *pair in zip(told, *beams, strict=True)}
+    places = {
+        one.secret.number: {"beam": mine, "foreign_beam": theirs}
+        for one, mine, theirs in zip(told, *beams, strict=True)
+    }
     ranked = {one.secret.number: found for one, found in zip(exact, bits, strict=True)}
     foreign = {one.secret.number: found for one, found in zip(exact, others, strict=True)}
     return [
-        _figures(one, mine, foreign.get(number), ranked.get(number), places.get(number, (None, None)))
+        _figures(one, mine, foreign.get(number), ranked.get(number)) | places.get(number, {})
         for one, mine in zip(ground.planted, own, strict=True)
         for number in (one.secret.number,)
     ]
 
 
-def _figures(
-    one: Planted,
-    own: TokenScores,
-    foreign: TokenScores | None,
-    found: Exposure | None,
-    beams: Sequence[int | None],
-) -> dict[str, Any]:
+def _figures(one: Planted, own: TokenScores, foreign: TokenScores | None, found: Exposure | None) -> dict[str, Any]:
     """What JSON holds of one secret. Its value is made up, so it may be shown."""
     secret = one.secret
     return {
@@ -247,7 +245,8 @@ def text_audit(
 ) -> dict[str, Any] | None:
     """A one-run audit with secrets that were planted by coins.
 
-    The score of one is by how much its log-likelihood has risen over the base model's, which knows nothing of coins.
+    The score of one is by how much its log-likelihood has risen over the base model's, which knows nothing of coins, in
+    standard deviations of the secrets of its kind: all addresses rise as a model learns what an address is.
 
     Args:
       secrets: from :func:`planted_figures`.
@@ -258,9 +257,13 @@ def text_audit(
     Returns:
       Plain values; ``None`` where no secret was planted by a coin.
     """
-    rise = {one["number"]: one["log_probability"] - base_coins[one["number"]] for one in secrets if one["coin"]}
-    stated = {one["number"]: one["repetitions"] for one in secrets if one["coin"]}
-    sides = [[value for number, value in rise.items() if stated[number] == count] for count in (1, 0)]
+    coins = [one for one in secrets if one["coin"]]
+    rise = np.array([one["log_probability"] - base_coins[one["number"]] for one in coins])
+    for kind in {one["kind"] for one in coins}:
+        own = np.array([one["kind"] == kind for one in coins])
+        rise[own] = (rise[own] - rise[own].mean()) / max(float(rise[own].std()), 1e-9)
+    stated = np.array([one["repetitions"] for one in coins])
+    sides = [rise[stated == count].tolist() for count in (1, 0)]
     if not all(sides):
         return None
     delta = 1e-5 if claim is None else claim["delta"]

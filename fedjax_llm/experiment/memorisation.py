@@ -16,13 +16,14 @@ from rich.console import Console
 from fedjax_llm import lora as low_rank
 from fedjax_llm.config import Experiment, to_json
 from fedjax_llm.data.packing import choose_shapes
+from fedjax_llm.data.planted import PlantedSecrets
 from fedjax_llm.data.records import EncodedExample
 from fedjax_llm.errors import UserError
 from fedjax_llm.evaluation.heldout import score
 from fedjax_llm.experiment.compilation import use_compilation_cache
 from fedjax_llm.experiment.ground import Attacks, Ground, ground_of
 from fedjax_llm.experiment.measures import Tuned, planted_figures
-from fedjax_llm.experiment.memorisation_report import memorisation_section
+from fedjax_llm.experiment.memorisation_report import OFTEN, memorisation_section
 from fedjax_llm.experiment.prepare import Load, encode, load_dataset, split_sites
 from fedjax_llm.lora import Lora
 from fedjax_llm.models.loading import BaseModel, load
@@ -66,13 +67,17 @@ class Memorisation:
 
     def __post_init__(self) -> None:
         """Refuses impossible values."""
-        for name in ("batch_size", "steps", "checks", "validation"):
+        for name in ("batch_size", "steps", "checks", "validation", "references"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.checks > self.steps:
             raise UserError(f"checks is {self.checks}, but there are only {self.steps} steps")
         if len(self.learning_rates) != 2:
             raise UserError("learning_rates holds two numbers: for all weights, and for the adapters")
+        source = self.experiment.data.source
+        stated = source.repetitions if isinstance(source, PlantedSecrets) and source.per_repetition else ()
+        if max(stated, default=0) < OFTEN:
+            raise UserError(f"nothing could be compared: choose a source that plants secrets {OFTEN} times or more")
 
 
 class _Bench(NamedTuple):

@@ -1,4 +1,4 @@
-"""Attacks on finished runs: what was learnt by heart is given away, controls are not, and false claims are found out."""
+"""Attacks on finished runs: what was learnt by heart comes out, controls do not, and false claims are found out."""
 
 import dataclasses
 import io
@@ -125,14 +125,14 @@ def test_what_lies_below_the_adapters_changes_nothing_but_time(experiment, run, 
     _, kept, _ = found
     for one, other in zip(plain["secrets"], kept["secrets"], strict=True):
         for name in ("greedy", "foreign_greedy", "beam", "foreign_beam", "rank"):
-            assert one[name] == other[name]
+            assert one.get(name) == other.get(name)
         assert one["log_probability"] == pytest.approx(other["log_probability"], abs=1e-3)
     for name, curve in plain["membership"].items():
         assert curve["auc"] == pytest.approx(kept["membership"][name]["auc"], abs=0.01)
 
 
 def test_shadows_bring_attacks_of_their_own_and_change_no_other(copy, found):
-    attacks = dataclasses.replace(ATTACKS, shadows=4, shadow_epochs=12, beams=0, references=0)
+    attacks = dataclasses.replace(ATTACKS, shadows=8, shadow_epochs=30, beams=0, references=0)
     _, figures, _ = attacked(copy, attacks)
     assert tuple(figures["membership"]) == (*PLAIN_ATTACKS, "lira", "lira_offline", "rmia")
     for name in ("lira", "lira_offline", "rmia"):
@@ -167,20 +167,35 @@ def test_a_weak_claim_stands(copy):
     assert "consistent" in seen
 
 
-def coin(n, score):
-    return {"coin": True, "repetitions": n, "log_probability": score}
+def coins(stated, rises, **fields):
+    """Figures of secrets that coins planted, and what the base model gave them."""
+    base = {number: -50.0 - 7 * (number % 11) for number in range(len(rises))}
+    told = [
+        {"number": number, "coin": True, "repetitions": n, "log_probability": base[number] + rise} | fields
+        for number, (n, rise) in enumerate(zip(stated, rises, strict=True))
+    ]
+    return told, base
 
 
 def test_an_audit_needs_canaries_on_both_sides():
-    assert text_audit([coin(1, -1.0)] * 9, ATTACKS, None) is None
-    assert text_audit([coin(0, -1.0)] * 9, ATTACKS, None) is None
-    assert text_audit([{**coin(0, -1.0), "coin": False}, coin(1, -1.0)], ATTACKS, None) is None
-    told = [*(coin(1, -1.0 - i) for i in range(40)), *(coin(0, -99.0 - i) for i in range(40))]
-    right = text_audit(told, ATTACKS, None)
-    assert (right["claimed"], right["contradicted"], right["delta"], right["auc"]["auc"]) == (None, False, 1e-5, 1.0)
+    assert text_audit(*coins([1] * 9, [1.0] * 9), 0.05, None) is None
+    assert text_audit(*coins([0] * 9, [1.0] * 9), 0.05, None) is None
+    assert text_audit(*coins([0, 1] * 9, [1.0] * 18, coin=False), 0.05, None) is None
+
+
+def test_an_audit_guesses_by_the_rise_over_the_base_model():
+    """The base model's own figures differ more than training adds."""
+    stated = [0, 1] * 40
+    right = text_audit(*coins(stated, [2.0 * n + i * 1e-3 for i, n in enumerate(stated)]), 0.05, None)
+    assert (right["claimed"], right["contradicted"], right["delta"]) == (None, False, 1e-5)
+    assert (right["auc"]["auc"], right["confidence"], right["canaries"]) == (1.0, 0.95, 80)
     assert right["lower_bound"] > 1.0
-    wrong = text_audit([one | {"repetitions": 1 - one["repetitions"]} for one in told], ATTACKS, None)
-    assert wrong["lower_bound"] == 0.0
+    claim = {"epsilon": right["lower_bound"], "delta": 1e-5}
+    assert text_audit(*coins(stated, stated), 0.05, claim)["contradicted"] is False
+    less = claim | {"epsilon": right["lower_bound"] - 0.01}
+    assert text_audit(*coins(stated, stated), 0.05, less)["contradicted"] is True
+    wrong = text_audit(*coins(stated, [-2.0 * n for n in stated]), 0.05, None)
+    assert (wrong["lower_bound"], wrong["auc"]["auc"]) == (0.0, 0.0)
 
 
 def test_members_were_trained_on_and_others_were_not(experiment):
@@ -203,7 +218,6 @@ def test_members_were_trained_on_and_others_were_not(experiment):
     assert (len(fewer.members), len(fewer.non_members)) == (3, 3)
     assert {one.id for one in fewer.members} < members
     assert len(ground.rows) == 8
-    assert {len(rows) for rows in ground.rows} == {ATTACKS.references + 1}
 
 
 def test_without_records_held_out_there_is_no_ground(experiment):
@@ -216,7 +230,7 @@ REFUSED = {
     "candidates": (1, "at least 2"),
     "references": (-1, "at least 0"),
     "beams": (-1, "at least 0"),
-    "shadows": (2, "must be even, and at least 4"),
+    "shadows": (2, "even, and at least 4"),
     "shadow_epochs": (0, "at least 1"),
     "significance": (0.5, "above 0 and below 0.5"),
 }
@@ -225,7 +239,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_impossible_attacks_are_refused(name):
     value, message = REFUSED[name]
-    with pytest.raises(UserError, match=f"attacks.{name} is {value}; it must be .*{message}"):
+    with pytest.raises(UserError, match=f"attacks.{name} is {value}; it must be {message}"):
         Attacks(**{name: value})
 
 
@@ -281,10 +295,11 @@ def test_of_local_runs_one_site_is_attacked(experiment, tmp_path):
 
 
 def test_an_encrypted_run_is_attacked_with_its_key_and_its_figures_are_sealed(experiment, tmp_path):
-    keys.make_key(tmp_path / "key")
+    (tmp_path / "keys").mkdir()
+    keys.make_key(tmp_path / "keys" / "key")
     fields = {"federation__rounds": 1, "training__local_steps": 1}
-    sealed = changed(experiment, **fields, output__encryption=Encryption(key_file=str(tmp_path / "key")))
-    run = trained(sealed, tmp_path / "sealed")
+    sealed = changed(experiment, **fields, output__encryption=Encryption(key_file=str(tmp_path / "keys" / "key")))
+    run = trained(sealed, tmp_path / "runs" / "sealed")
     quick = Attacks(candidates=2, references=0, beams=0)
     assert attack_run(run, quick, Console(file=io.StringIO()), load_model=load_tiny) == 0
     figures = json.loads(encryption.read(run / "leakage.json"))
@@ -295,8 +310,8 @@ def test_an_encrypted_run_is_attacked_with_its_key_and_its_figures_are_sealed(ex
         data = (run / name).read_bytes()
         assert value not in data
         assert b"secret" not in data
-    (tmp_path / "key").rename(tmp_path / "elsewhere")
+    (tmp_path / "keys" / "key").rename(tmp_path / "keys" / "moved")
     with pytest.raises(UserError, match="key"):
         attack_run(run, quick, Console(file=io.StringIO()), load_model=load_tiny)
-    with keys.using(tmp_path / "elsewhere"):
+    with keys.using(tmp_path / "keys" / "moved"):
         assert attack_run(run, quick, Console(file=io.StringIO()), load_model=load_tiny) == 0

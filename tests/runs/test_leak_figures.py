@@ -33,11 +33,11 @@ def test_a_share_has_clopper_and_pearsons_interval(total, data):
 
 
 def test_the_interval_of_a_mean_covers_it():
-    """1,000 samples of 40: 95% intervals miss 7% at most in truth, so that 13% is missed with probability < 1e-9."""
+    """Bootstrap intervals of 40 skewed values miss about 7%: of 300, more than 60 or none with probability < 1e-8."""
     rng = np.random.default_rng(0)
     found = [mean_of(rng.exponential(2.0, 40)) for _ in range(300)]
     missed = sum(not one.low <= 2.0 <= one.high for one in found)
-    assert 2 <= missed <= 54  # Binomial(300, 0.03) below 2 and Binomial(300, 0.09) above 54: 1e-3 and 1e-7
+    assert 1 <= missed <= 60
     assert all(one.low <= one.value <= one.high for one in found)
 
 
@@ -74,7 +74,7 @@ def test_secrets_come_by_their_repetitions_and_controls_first():
     assert (controls.foreign.value, once.foreign.value, often.foreign.value) == (0.0, 0.0, 0.5)
     assert controls.beam is None
     assert (once.beam.value, often.beam.value) == (1.0, 0.5)
-    assert (controls.tries, often.tries) == (5.005e8, 2.0)
+    assert (controls.tries, often.tries) == (5.05e8, 2.0)
     assert often.point(often.greedy) == (8, 0.5, often.greedy.low, often.greedy.high)
 
 
