@@ -46,9 +46,9 @@ class Command:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    command = tyro.cli(Command, args=arguments, prog="python -m experiments.attack")
     console = Console()
     try:
+        command = tyro.cli(Command, args=arguments, prog="python -m experiments.attack")
         if command.run is None:
             return configured(command, console)
         if command.out is not None:

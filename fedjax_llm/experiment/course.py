@@ -5,6 +5,7 @@ Every training is an ordinary run in a folder of its own, and every model meets 
 
 import functools
 import io
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +34,7 @@ from fedjax_llm.experiment.measures import (
 from fedjax_llm.experiment.memorisation import RESULT, Memorisation, run_memorisation
 from fedjax_llm.experiment.prepare import Load, Trunks
 from fedjax_llm.experiment.run import run
-from fedjax_llm.experiment.sweep import Changes, changed, folder_name
+from fedjax_llm.experiment.sweep import Changes, changed, check_paths, folder_name
 from fedjax_llm.leakage.audit import CONTRADICTED
 from fedjax_llm.leakage.token_scores import TokenScores
 from fedjax_llm.lora import Lora
@@ -77,8 +78,11 @@ class Course:
             raise UserError("a course needs secrets planted without coins: set repetitions and per_repetition")
         if BASE in self.ways:
             raise UserError(f"no way can be called {BASE!r}: that is the model before training")
+        shared = [name for name, count in Counter(map(folder_name, self.ways)).items() if count > 1]
+        if shared:
+            raise UserError(f"two ways would share the folder {shared[0]!r}; choose names that differ more")
         for name, changes in self.ways.items():
-            folder_name(name)
+            check_paths(self.experiment, changes, f"way {name!r}")
             experiment = changed(self.experiment, changes)
             if experiment.data != self.experiment.data or experiment.model != self.experiment.model:
                 raise UserError(f"way {name!r} changes data or model: the ways would meet different ground")

@@ -73,7 +73,7 @@ class Sweep:
                 raise UserError(f"two of {what} would share the folder {shared[0]!r}; choose names that differ more")
         for algorithm, ours in self.algorithms.items():
             for data, theirs in self.data.items():
-                _check_paths(self.base, {**theirs, **ours})
+                check_paths(self.base, {**theirs, **ours}, "a sweep")
                 for path in ours:
                     twice = next((other for other in theirs if _within(path, other) or _within(other, path)), None)
                     if twice:
@@ -304,17 +304,27 @@ def _check_settings(cells: Sequence[Cell]) -> None:
             )
 
 
-def _check_paths(value: Any, changes: Changes, place: str = "") -> None:
-    """Refuses paths that lead to no field, with the nearest ones."""
+def check_paths(value: Any, changes: Changes, who: str, place: str = "") -> None:
+    """Refuses paths that lead to no field, with the nearest ones.
+
+    Args:
+      value: what is changed.
+      changes: dotted paths to its fields, and their values.
+      who: changes it, for the message.
+      place: of ``value`` in the experiment.
+
+    Raises:
+      UserError: there is such a path, or one is the seed.
+    """
     heads, inner = _by_head(changes)
     known = [field.name for field in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []
     for head in (*heads, *inner):
         if head not in known:
-            raise UserError(f"a sweep changes {place}{head}, which does not exist{nearest(head, known)}")
+            raise UserError(f"{who} changes {place}{head}, which does not exist{nearest(head, known)}")
         if place + head == "seed":
-            raise UserError("a sweep's algorithms and data cannot change seed; name the seeds in seeds")
+            raise UserError(f"{who} cannot change seed; name the seeds in seeds")
     for head, rest in inner.items():
-        _check_paths(heads.get(head, getattr(value, head)), rest, f"{place}{head}.")
+        check_paths(heads.get(head, getattr(value, head)), rest, who, f"{place}{head}.")
 
 
 def _by_head(changes: Changes) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

@@ -171,7 +171,14 @@ def coins(stated, rises, **fields):
     """Figures of secrets that coins planted, and what the base model gave them."""
     base = {number: -50.0 - 7 * (number % 11) for number in range(len(rises))}
     told = [
-        {"number": number, "coin": True, "repetitions": n, "log_probability": base[number] + rise} | fields
+        {
+            "number": number,
+            "kind": "phone number",
+            "coin": True,
+            "repetitions": n,
+            "log_probability": base[number] + rise,
+        }
+        | fields
         for number, (n, rise) in enumerate(zip(stated, rises, strict=True))
     ]
     return told, base

@@ -17,7 +17,8 @@ from fedjax_llm.experiment import open_model
 from fedjax_llm.experiment.open_model import COLUMNS, OpenModel, passages, rows, run_open_model
 from fedjax_llm.training import whole
 
-ATTACK = OpenModel("tiny", prefix=12, continuation=20, samples=2, temperature=0.3, letters=3)
+SEED = 1  # a word of the first text that is to be continued is replaced
+ATTACK = OpenModel("tiny", prefix=12, continuation=20, samples=2, temperature=0.3, letters=3, seed=SEED)
 TEXTS = (
     KnownText("The flowerpot", "licence", "Permission to use the key is granted under the third flowerpot.", "a file"),
     KnownText("The river", "public domain", "Nobody shall carry any water from the river to those mills.", "a book"),
@@ -135,10 +136,10 @@ def test_controls_are_of_their_texts_and_as_long(base):
 
 
 REFUSED = {
-    "prefix": (0, "at least 1"),
-    "continuation": (0, "at least 1"),
-    "top_k": (0, "at least 1"),
-    "letters": (0, "at least 1"),
+    "prefix": (0, "be at least 1"),
+    "continuation": (0, "be at least 1"),
+    "top_k": (0, "be at least 1"),
+    "letters": (0, "be at least 1"),
     "samples": (-1, "not be negative"),
     "temperature": (0.0, "be positive"),
 }

@@ -20,9 +20,7 @@ SMALL = ["--attacks.candidates=4", "--attacks.tokens-per-microbatch=384"]
 def written(folder, body):
     """A configuration of an attack."""
     path = folder / "mine.py"
-    path.write_text(
-        f'"""An attack."""\n\nfrom fedjax_llm.experiment.open_model import OpenModel\n\n\ndef get_attack():\n    {body}\n'
-    )
+    path.write_text(f"from fedjax_llm.experiment.open_model import OpenModel\n\n\ndef get_attack():\n    {body}\n")
     return f"--config={path}"
 
 

@@ -1,4 +1,4 @@
-"""From single secrets and attacks to means and shares: intervals against other ways to find them, and text for people."""
+"""From single secrets and attacks to means and shares: intervals against oracles, and text for people."""
 
 import numpy as np
 import pytest
