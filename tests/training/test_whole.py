@@ -1,6 +1,7 @@
 """Plain training: of adapters it is local training of one client, of all weights it is what autodiff says."""
 
 from collections import Counter
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ RATE = {"weights": 1e-3, "adapters": 1e-2}
 
 @pytest.fixture(scope="module")
 def toy():
-    model, params = tiny_model()
+    model, params = tiny_model(layers=1)
     return model, params, tiny_adapters(model)
 
 
@@ -75,7 +76,8 @@ def test_a_step_is_along_the_gradient_of_the_plain_loss(toy, what):
     (batch,) = batches(steps=1)
     state, (value,) = trained(toy, what, optax.sgd(0.5), [batch])
     place = 1 if what == "weights" else 2
-    expected, gradient = jax.value_and_grad(loss_one_by_one, place)(model, params, adapters, batch)
+    oracle = jax.jit(jax.value_and_grad(partial(loss_one_by_one, model, batch=batch), place - 1))
+    expected, gradient = oracle(params, adapters)
     assert value == pytest.approx(float(expected), rel=1e-5)
     moved, before = (state.params, params) if what == "weights" else (state.adapters, adapters)
     for leaf, old, slope in zip(*map(jax.tree.leaves, (moved, before, gradient)), strict=True):
@@ -104,7 +106,7 @@ def test_a_text_is_learnt_by_heart(what):
         batches(steps=200, size=1, examples=[one]),
     )
     assert losses[0] > 3
-    assert losses[-1] < 0.1
+    assert losses[-1] < 0.5
     scaled = {path: {"a": own["a"], "b": SCALING * own["b"]} for path, own in state.adapters.items()}
     options = {"max_new_tokens": len(tokens) - 8, "end_ids": (), "pad_id": base.tokenizer.pad_id}
     (made,) = generate(base.model, state.params, scaled, [tokens[:8]], sampler=Greedy(), **options)
