@@ -63,7 +63,7 @@ def known_experiment(words: Path, **fields: Any) -> Experiment:
         lora=Lora(rank=16, alpha=32.0, targets=("*_proj",), layers=(-1,)),
         data=Data(secrets, fractions=Fractions(0.1, 0.4), max_length=160),
         training=LocalTraining(batch_size=16, local_steps=25, optimizer=Optimizer("adamw", 1e-2)),
-        federation=Federation(rounds=6),
+        federation=Federation(rounds=4),
         evaluation=Evaluation(test_records=2, choice_questions=0, generations=0, bootstrap_resamples=20),
         execution=Execution(tokens_per_microbatch=2048, buckets=1, evaluation_buckets=1),
         setting="centralised",

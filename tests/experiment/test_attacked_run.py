@@ -77,12 +77,12 @@ def test_often_stated_secrets_are_given_away_and_controls_are_not(found):
         assert one["greedy"] >= one["tokens"] - 1
         assert (one["beam"], one["rank"], one["references"]) == (1, 1, ATTACKS.references)
         assert one["exposure"] == pytest.approx(log2(ATTACKS.references + 1))
-        assert one["tries"] <= 10
+        assert one["tries"] <= 100
         assert one["value"].startswith("P")
     for one in controls:
         assert one["greedy"] < one["tokens"] - 1
         assert one["foreign_greedy"] < one["tokens"] - 1
-        assert one["tries"] > 1000
+        assert one["tries"] > 10_000
     assert np.mean([one["exposure"] for one in controls]) < 4
     assert {one["exposure"] for one in figures["secrets"] if one["coin"]} == {None}
 

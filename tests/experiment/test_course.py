@@ -37,7 +37,7 @@ def short_reports():
 
 @pytest.fixture(scope="module")
 def course(tmp_path_factory):
-    experiment = known_experiment(write_words(tmp_path_factory.mktemp("words") / "files"), federation__rounds=5)
+    experiment = known_experiment(write_words(tmp_path_factory.mktemp("words") / "files"))
     lora = Lora(rank=2, targets=("q_proj",))
     more = Memorisation(experiment, None, lora, steps=1, checks=1, batch_size=16, validation=2, references=3)
     return Course(experiment, WAYS, seeds=(3,), attacks=ATTACKS, memorisation=more)
