@@ -60,7 +60,7 @@ def known_experiment(words: Path, **fields: Any) -> Experiment:
     secrets = PlantedSecrets(files, (1, OFTEN), per_repetition=2, coins=24, kinds=("patient number",))
     experiment = Experiment(
         model=Model(name="tiny"),
-        lora=Lora(rank=16, alpha=32.0, targets=("*_proj",), layers=(-1,)),
+        lora=Lora(rank=16, alpha=32.0, targets=("v_proj", "up_proj", "down_proj"), layers=(-1,)),
         data=Data(secrets, fractions=Fractions(0.1, 0.4), max_length=160),
         training=LocalTraining(batch_size=16, local_steps=25, optimizer=Optimizer("adamw", 1e-2)),
         federation=Federation(rounds=4),

@@ -16,7 +16,7 @@ from fedjax_llm.runs.directory import differences
 from fedjax_llm.training.optimizers import Optimizer
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = sorted(path for path in (ROOT / "configs").rglob("*.py") if path.parent.name != "sweeps")
+SHIPPED = sorted(path for path in (ROOT / "configs").rglob("*.py") if path.parent.name not in ("sweeps", "attacks"))
 
 
 def written(folder, body, imports="from fedjax_llm.config import *"):
