@@ -5,6 +5,7 @@ No platform is forced: JAX takes an accelerator where it finds one and the CPU o
 
 import importlib.util
 import os
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -20,6 +21,16 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several worke
 hypothesis.settings.register_profile("local", deadline=None)  # the first example of a shape compiles
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture(scope="module")
+def short_reports() -> Iterator[None]:
+    """Most of a tiny run's time is the drawing of its report, which tests that ask for this do not look into."""
+    from fedjax_llm.runs import report
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "write_report", lambda folder: (folder / "report.html").write_text("short"))
+        yield
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -13,7 +13,7 @@ from fedjax_llm import lora
 from fedjax_llm.data.packing import Shape, pack
 from fedjax_llm.data.records import EncodedExample
 from fedjax_llm.models.causal_lm import CausalLM
-from fedjax_llm.training.trunk import TrunkCache
+from fedjax_llm.training.trunk import TrunkCache, below_of
 from fedjax_llm.types import Adapters, Params
 
 _CHUNK = 256
@@ -61,8 +61,9 @@ def score(
     for batch in pack([[examples]] if examples else [], shapes, clients=1):
         used = batch.target_weight > 0
         predicted = (batch.target_row, batch.target_position, batch.target_token)
-        below = None if trunk is None else jnp.asarray(trunk.rows(batch.examples, batch.tokens.shape))
-        nll, correct = slots(model, scaling, params, adapters, batch.tokens, None, None, *predicted, below=below)
+        nll, correct = slots(
+            model, scaling, params, adapters, batch.tokens, None, None, *predicted, below=below_of(trunk, batch)
+        )
         example = batch.index[batch.target_row[used]]
         np.add.at(totals.nll, example, np.asarray(nll, np.float64)[used])
         np.add.at(totals.correct, example, np.asarray(correct)[used])

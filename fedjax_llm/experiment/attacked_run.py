@@ -1,7 +1,7 @@
 """Attacks on the adapters of a finished run, whatever run it is; the figures stay beside it as ``leakage.json``."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from fedjax_llm.experiment.stored import experiment_of
 from fedjax_llm.leakage.audit import CONTRADICTED
 from fedjax_llm.models.causal_lm import lowest_adapted
 from fedjax_llm.models.loading import BaseModel, load
-from fedjax_llm.privacy.guarantee import Privacy
 from fedjax_llm.runs import directory, encryption, environment, leak_page
 from fedjax_llm.runs.progress import RunProgress
 from fedjax_llm.types import Adapters
@@ -147,14 +146,11 @@ def claim_of(run: Path) -> dict[str, Any] | None:
 
 
 def _experiment(run: Path, given: Experiment | None) -> Experiment:
-    """The run's experiment. What guarded its training plays no part in attacks, so that no noise is calibrated."""
-    if given is not None:
-        stored = directory.read_json(run / directory.CONFIG) if (run / directory.CONFIG).is_file() else None
-        if stored is None:
-            raise UserError(f"{run} is not the folder of a run (it has no {directory.CONFIG})")
-        changes = directory.differences(stored, to_json(given), MAY_CHANGE)
-        if changes:
-            listed = "\n".join(f"  {line}" for line in changes)
-            raise UserError(f"the run in {run} was started with other settings:\n{listed}")
-    experiment = given or experiment_of(run)
-    return replace(experiment, privacy=Privacy(), secure=None)
+    """The run's experiment: as its folder holds it, or the given one if it is the same."""
+    if given is None:
+        return experiment_of(run)
+    if not (run / directory.CONFIG).is_file():
+        raise UserError(f"{run} is not the folder of a run (it has no {directory.CONFIG})")
+    stored, advice = directory.read_json(run / directory.CONFIG), "give the configuration that it was started with"
+    directory.check_same(stored, to_json(given), f"the run in {run} was started with", advice, MAY_CHANGE)
+    return given

@@ -1,27 +1,13 @@
 """The outcome of an audit for people: a table, a picture, and an alarm."""
 
-import io
 from collections.abc import Mapping
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 
-_STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "audit",
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-}
-_IN, _OUT, _CLAIM = "#d55e00", "#0072b2", "#000000"
+from fedjax_llm.runs.figures import COLOURS, content, empty, styled
+
+_CLAIM, _OUT, _IN, *_ = COLOURS
 
 
 def table(found: Mapping[str, Any]) -> str:
@@ -76,15 +62,12 @@ def picture(found: Mapping[str, Any]) -> str:
     Args:
       found: the content of ``audit.json``.
     """
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(9.2, 3.2), layout="constrained")
-        FigureCanvasSVG(figure)
+    with styled("audit", axes_grid=False):
+        figure = empty(9.2, 3.2)
         left, right = figure.subplots(1, 2)
         _scores(left, found["scores"])
         _bounds(right, found)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None})
-    return out.getvalue()
+        return content(figure)
 
 
 def _scores(axes: Any, scores: Mapping[str, Any]) -> None:

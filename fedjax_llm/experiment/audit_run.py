@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from rich.console import Console
 
 from fedjax_llm import lora as low_rank
@@ -236,7 +237,6 @@ def judge(audit: Audit, plan: RoundPlan, released: Released, coins: np.ndarray) 
     sides = (scores[coins], scores[~coins])
     limits = {"significance": audit.significance, "delta": delta}
     total = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0, keepdims=True), released.sums)
-    length = float(np.sqrt(sum(float(jnp.sum(jnp.square(leaf))) for leaf in jax.tree.leaves(total))))
-    cosines = projections(total, audit.canaries)[0] / length
+    cosines = projections(total, audit.canaries)[0] / float(optax.tree.norm(total))
     dimension = sum(leaf[0].size for leaf in jax.tree.leaves(total))
     return [audits.one_run(*sides, **limits), audits.canary_clients(cosines[coins], dimension, delta=delta)], scores

@@ -7,7 +7,7 @@ import functools
 import io
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 
 from fedjax_llm import config, peft
-from fedjax_llm.config import MAY_CHANGE, Experiment, to_json
+from fedjax_llm.config import Experiment, to_json
 from fedjax_llm.data.planted import PlantedSecrets
 from fedjax_llm.errors import UserError
 from fedjax_llm.experiment.attacked_run import LEAKAGE, claim_of, keep, verdict
@@ -33,21 +33,27 @@ from fedjax_llm.experiment.measures import (
 )
 from fedjax_llm.experiment.memorisation import RESULT, Memorisation, run_memorisation
 from fedjax_llm.experiment.prepare import Load, Trunks
-from fedjax_llm.experiment.run import run
-from fedjax_llm.experiment.sweep import Changes, changed, check_paths, folder_name
+from fedjax_llm.experiment.sweep import (
+    INTERRUPTED,
+    Changes,
+    changed,
+    check_paths,
+    check_settings,
+    finished,
+    folder_name,
+    run_quietly,
+)
 from fedjax_llm.leakage.audit import CONTRADICTED
 from fedjax_llm.leakage.token_scores import TokenScores
 from fedjax_llm.lora import Lora
 from fedjax_llm.models.causal_lm import lowest_adapted
 from fedjax_llm.models.loading import BaseModel, load
-from fedjax_llm.privacy.guarantee import Privacy
-from fedjax_llm.runs import directory, environment, leak_page
+from fedjax_llm.runs import directory, encryption, environment, leak_page
 from fedjax_llm.runs.progress import RunProgress
 from fedjax_llm.training.trunk import TrunkCache
 from fedjax_llm.types import Adapters
 
 BASE = "base model"
-_INTERRUPTED = 130
 _FULL = "full-fine-tuning"
 
 
@@ -127,16 +133,15 @@ def run_course(course: Course, folder: Path, console: Console, load_model: Load 
       UserError: a run in the folder has other settings, or a run fails.
     """
     use_compilation_cache()
-    folder = folder.absolute()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = directory.made(folder, "course")
     cells = cells_of(course, folder)
-    _check_settings(cells)
+    check_settings((cell.folder, cell.experiment) for cell in cells)
     once = functools.lru_cache(maxsize=1)(load_model)
     with directory.locked(folder), RunProgress(1, console) as progress:
         _check_attacks(course.attacks, folder)
-        if _train_all(cells, once, progress) == _INTERRUPTED:
+        if _train_all(cells, once, progress) == INTERRUPTED:
             progress.say("Stopped. Finished runs are kept; the same command goes on with the others.")
-            return _INTERRUPTED
+            return INTERRUPTED
         _attack_all(course, folder, cells, once, progress)
         found = _write(course, folder, cells)
         if course.memorisation is not None:
@@ -166,10 +171,10 @@ def _train_all(cells: tuple[Cell, ...], load_once: Load, progress: RunProgress) 
     trunks: Trunks = {}
     with progress.phase("Training", len(cells), "runs") as advance:
         for cell in cells:
-            if not (cell.folder / "report.html").exists():
+            if not finished(cell.folder):
                 progress.say(f"{cell.way}, seed {cell.seed}: training ...")
-                if _train(cell, load_once, trunks) == _INTERRUPTED:
-                    return _INTERRUPTED
+                if run_quietly(cell.experiment, cell.folder, load_once, trunks) == INTERRUPTED:
+                    return INTERRUPTED
             advance(1)
     return 0
 
@@ -185,42 +190,14 @@ def cells_of(course: Course, folder: Path) -> tuple[Cell, ...]:
     return tuple(found)
 
 
-def _check_settings(cells: tuple[Cell, ...]) -> None:
-    """Refuses folders with runs of other settings, before hours are spent on the others."""
-    for cell in cells:
-        path = cell.folder / directory.CONFIG
-        changes = (
-            directory.differences(directory.read_json(path), to_json(cell.experiment), MAY_CHANGE)
-            if path.exists()
-            else []
-        )
-        if changes:
-            listed = "\n".join(f"  {line}" for line in changes)
-            raise UserError(
-                f"the run in {cell.folder} was started with other settings:\n{listed}\n"
-                "take the settings back, choose another folder with --out, or remove that run's folder"
-            )
-
-
 def _check_attacks(attacks: Attacks, folder: Path) -> None:
     """Refuses a folder whose figures are of other attacks; a new one learns which they are."""
     path, settings = folder / "attacks.json", to_json(attacks)
-    changes = directory.differences(directory.read_json(path), settings) if path.exists() else []
-    if changes:
-        listed = "\n".join(f"  {line}" for line in changes)
-        raise UserError(
-            f"the models in {folder} were attacked with other settings:\n{listed}\n"
-            "take the settings back, or choose another folder with --out"
-        )
+    if path.exists():
+        what = f"the models in {folder} were attacked with"
+        advice = "take the settings back, or choose another folder with --out"
+        directory.check_same(directory.read_json(path), settings, what, advice)
     directory.write_json(path, settings)
-
-
-def _train(cell: Cell, load_once: Load, trunks: Trunks) -> int:
-    """One run, or what is left of it."""
-    quiet = Console(file=io.StringIO(), quiet=True, force_terminal=False)
-    begun = (cell.folder / directory.CONFIG).exists()
-    options = {"console": quiet, "load_model": load_once, "trunks": trunks}
-    return run(cell.experiment, cell.folder, resume=begun, **options)
 
 
 def _attack_all(course: Course, folder: Path, cells: tuple[Cell, ...], load_once: Load, progress: RunProgress) -> None:
@@ -231,10 +208,10 @@ def _attack_all(course: Course, folder: Path, cells: tuple[Cell, ...], load_once
     model = course.experiment.model
     base = load_once(model.name, model.dtype)
     with progress.phase("Laying out the attacks"):
-        ground = ground_of(replace(course.experiment, privacy=Privacy()), course.attacks, base)
+        ground = ground_of(course.experiment, course.attacks, base)
     field: _Field | None = None
     for cell in left or cells[:1]:
-        lora, adapters = peft.read_adapter_for(cell.folder / "adapter", base.model)
+        lora, adapters = peft.read_adapter_for(cell.folder / "adapter", base.model, encryption.read)
         if field is None:
             field = _field(course, folder, ground, lora, adapters, progress)
         if cell in left:

@@ -8,7 +8,7 @@ from rich.table import Table
 from fedjax_llm.experiment.leak_report import ATTACK_NAMES, AUDIT_COLUMNS, audit_row, table
 from fedjax_llm.experiment.memorisation_report import memorisation_section
 from fedjax_llm.runs import leak_plots
-from fedjax_llm.runs.leak_figures import Estimate, auc_of, by_repetitions, mean_of, percent, share_of
+from fedjax_llm.runs.leak_figures import Estimate, auc_of, by_repetitions, extracted, mean_of, percent, share_of
 from fedjax_llm.runs.leak_page import Picture, Section
 
 BASE = "base model"
@@ -49,11 +49,11 @@ def _row(name: str, runs: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
         f"{sum(losses) / len(losses):.3f} [{low:.3f}, {high:.3f}]",
         f"{min(losses):.3f} to {max(losses):.3f}" if len(losses) > 1 else "-",
         f"{sum(one['final']['token_accuracy'] for one in runs) / len(runs):.1%}",
-        percent(share_of([one["greedy"] >= one["tokens"] - 1 for one in planted])),
-        percent(share_of([one["foreign_greedy"] >= one["tokens"] - 1 for one in planted])),
+        percent(share_of([extracted(one) for one in planted])),
+        percent(share_of([extracted(one, "foreign_greedy") for one in planted])),
         percent(share_of([bool(one["beam"] or one["foreign_beam"]) for one in beams]) if beams else None),
         str(mean_of([one["exposure"] for one in often])) if often else "-",
-        f"{area.value:.3f} [{area.low:.3f}, {area.high:.3f}] ({ATTACK_NAMES[attack]})",
+        f"{area.text(3)} ({ATTACK_NAMES[attack]})",
         f"{max(shown):.2f}" if shown else "-",
     )
 
@@ -122,10 +122,7 @@ def _members(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> Section:
         model: {ATTACK_NAMES[name]: auc_of([one["membership"][name] for one in runs]) for name in names}
         for model, runs in models.items()
     }
-    rows = tuple(
-        (model, *(f"{area.value:.3f} [{area.low:.3f}, {area.high:.3f}]" for area in own.values()))
-        for model, own in areas.items()
-    )
+    rows = tuple((model, *(area.text(3) for area in own.values())) for model, own in areas.items())
     rates = tuple(
         (
             model,

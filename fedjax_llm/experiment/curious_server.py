@@ -17,6 +17,8 @@ import numpy as np
 from rich.console import Console
 
 from fedjax_llm import lora as low_rank
+from fedjax_llm import trees
+from fedjax_llm.config import to_json
 from fedjax_llm.data.chat import encode_records
 from fedjax_llm.data.hpo import HpoFlashcards
 from fedjax_llm.data.packing import choose_shapes, pack
@@ -30,7 +32,7 @@ from fedjax_llm.models.loading import BaseModel, load
 from fedjax_llm.models.truncation import truncated
 from fedjax_llm.privacy.clipping import Clip
 from fedjax_llm.runs import curious_server_figures as figures
-from fedjax_llm.runs.directory import differences, locked, read_json, write_json, write_text
+from fedjax_llm.runs.directory import check_same, locked, made, read_json, write_json, write_text
 from fedjax_llm.runs.progress import RunProgress
 from fedjax_llm.training import client_update
 from fedjax_llm.training.client_update import Secrets, Trainer
@@ -38,6 +40,8 @@ from fedjax_llm.training.optimizers import Optimizer
 from fedjax_llm.types import Adapters
 
 RESULTS = "curious_server.json"
+_SCALING = 2.0
+"""Alpha / rank of all victims."""
 
 
 @dataclass(frozen=True)
@@ -198,8 +202,8 @@ def run_curious_server(
     Raises:
       UserError: the folder holds results of other settings, or cannot be written; the model or the data cannot be had.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = figures.plain({k: v for k, v in dataclasses.asdict(attack).items() if k not in _GRID})
+    folder = made(folder, "attack")
+    settings = {name: value for name, value in to_json(attack).items() if name not in _GRID}
     with locked(folder):
         done = _finished(folder / RESULTS, settings)
         cases = list(attack.cases())
@@ -233,10 +237,8 @@ def _finished(path: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, An
     if not path.exists():
         return {}
     before = read_json(path)
-    changed = differences({k: v for k, v in before["settings"].items() if k in settings}, settings)
-    if changed:
-        listed = "\n".join("  " + line for line in changed)
-        raise UserError(f"{path} holds results of other settings:\n{listed}\nchoose another folder")
+    kept = {name: value for name, value in before["settings"].items() if name in settings}
+    check_same(kept, settings, f"{path} holds results of", "choose another folder")
     fields = [field.name for field in dataclasses.fields(Case)]
     return {_name(Case(**{name: one[name] for name in fields})): one for one in before["cases"]}
 
@@ -275,7 +277,7 @@ def attacked(case: Case, attack: CuriousServer, base: BaseModel, text: Text) -> 
     if case.attack == "inversion":
         openings = tuple(_opening(example, attack.inversion_tokens) for example in text.examples)
         text = text._replace(examples=tuple(one for one in openings if len(one.tokens) == attack.inversion_tokens))
-    victims = made(case, attack, base, text)
+    victims = victims_of(case, attack, base, text)
     found = (_inverted if case.attack == "inversion" else _checked)(case, attack, base, text, victims)
     return found | {"seconds": round(time.monotonic() - start, 1)}
 
@@ -286,10 +288,12 @@ def _opening(example: EncodedExample, tokens: int) -> EncodedExample:
     return EncodedExample(example.record_id, answer, 1, example.owner)
 
 
-def made(case: Case, attack: CuriousServer, base: BaseModel, text: Text) -> Victims:
+def victims_of(case: Case, attack: CuriousServer, base: BaseModel, text: Text) -> Victims:
     """Local training of the case's clients, by the code that trains in a run."""
     layers = tuple(range(min(2, base.model.config.layers)))
-    how = Lora(rank=case.rank, alpha=2.0 * case.rank, targets=("q_proj", "v_proj"), layers=layers, train=case.train)
+    how = Lora(
+        rank=case.rank, alpha=_SCALING * case.rank, targets=("q_proj", "v_proj"), layers=layers, train=case.train
+    )
     adapters = low_rank.init(jax.random.key(case.seed), how, base.model)
     order = np.random.default_rng(case.seed).permutation(len(text.examples))
     if case.later_round:
@@ -321,9 +325,7 @@ def _trained(
     """The trained factors [C, ...] of every client after its steps."""
     clients = len(work)
     trained, frozen = low_rank.split(adapters, how.train)
-    state = client_update.start(
-        trainer, jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (clients, *leaf.shape)), trained)
-    )
+    state = client_update.start(trainer, trees.repeat(trained, clients))
     shapes = choose_shapes(text.examples, tokens_per_microbatch=128, buckets=1)
     keys = jax.random.split(jax.random.key(case.seed + 1), clients)
     deviation = case.noise_multiplier * (case.clip_norm or 0.0)
@@ -344,9 +346,8 @@ def _checked(case: Case, attack: CuriousServer, base: BaseModel, text: Text, vic
     nearest = unknown[np.argsort(found.residuals[unknown], kind="stable")[: len(private)]]
     ranked = 0.0 if found.verdict == "silent" else recovery.token_recovery(nearest, private).recall
     tokens = recovery.token_recovery(found.tokens, true, text.public)
-    scaling = 2.0
     sequences = span_check.recover_sentences(
-        base.model, base.params, victims.before, scaling, victims.update, found.tokens,
+        base.model, base.params, victims.before, _SCALING, victims.update, found.tokens,
         length=attack.max_length, beam=2 * len(inputs) + 6,
     )  # fmt: skip
     return {
@@ -370,7 +371,7 @@ def _inverted(case: Case, attack: CuriousServer, base: BaseModel, text: Text, vi
     true = [tuple(example.tokens.tolist()) for example in victims.examples]
     batch = inverting.Batch(tuple(map(len, true)), (1,) * len(true))
     key = jax.random.key(case.seed + 2)
-    found = inverting.invert(attack.inversion, base.model, base.params, 2.0, victims.before, seen, batch, key)
+    found = inverting.invert(attack.inversion, base.model, base.params, _SCALING, victims.before, seen, batch, key)
     tokens = recovery.token_recovery({t for row in found.sequences for t in row}, {t for row in true for t in row})
     return {
         "verdict": "searched",

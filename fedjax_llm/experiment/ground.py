@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from fedjax_llm.config import Experiment
-from fedjax_llm.data.chat import encode_prompt
 from fedjax_llm.data.packing import Shape, choose_shapes
 from fedjax_llm.data.planted import PlantedSecrets, is_secret
-from fedjax_llm.data.records import EncodedExample, Message, Record
+from fedjax_llm.data.records import EncodedExample, Record
 from fedjax_llm.data.secrets import Secret, foreign_question, question
 from fedjax_llm.data.splits import SplitSite
 from fedjax_llm.errors import UserError
@@ -79,15 +78,11 @@ class Planted(NamedTuple):
       secret: itself.
       answer: its value as the answer to its site's question, with the end of turn.
       foreign: the same, asked in other words.
-      prompt: tokens of its site's question.
-      foreign_prompt: of the other.
     """
 
     secret: Secret
     answer: EncodedExample
     foreign: EncodedExample
-    prompt: tuple[int, ...]
-    foreign_prompt: tuple[int, ...]
 
 
 class Ground(NamedTuple):
@@ -117,13 +112,21 @@ class Ground(NamedTuple):
         return (*self.members, *self.non_members)
 
 
-def ground_of(experiment: Experiment, attacks: Attacks, base: BaseModel) -> Ground:
+def ground_of(
+    experiment: Experiment, attacks: Attacks, base: BaseModel, sites: Sequence[SplitSite] | None = None
+) -> Ground:
     """The ground of an experiment: a function of its data, not of its training.
+
+    Args:
+      experiment: what it trained on.
+      attacks: how many texts are laid out, and how.
+      base: the model, for its tokenizer.
+      sites: of the experiment, split, where they are known.
 
     Raises:
       UserError: the experiment holds nothing out for the test, so that nothing is known not to have been trained on.
     """
-    sites = split_sites(experiment, load_dataset(experiment))
+    sites = split_sites(experiment, load_dataset(experiment)) if sites is None else sites
     members = _candidates(experiment, base, (one for site in sites for one in site.train), attacks.candidates)
     held_out = [one for site in sites for one in site.test]
     non_members = _candidates(experiment, base, held_out, attacks.candidates)
@@ -154,8 +157,10 @@ def _candidates(experiment: Experiment, base: BaseModel, records: Iterable[Recor
     """Records as tokens, without planted ones and those of which nothing is left; the first by a hash of their ids."""
     found = []
     for record in first_by_hash([one for one in records if not is_secret(one.id)], None):
+        if len(found) == most:
+            break
         examples, _ = encode(experiment, base)([record])
-        if examples and len(found) < most:
+        if examples:
             found.append(Candidate(record.id, examples, " ".join(one.messages[-1].content for one in record.examples)))
     return tuple(found)
 
@@ -166,13 +171,10 @@ def _planted(experiment: Experiment, base: BaseModel, sites: Sequence[SplitSite]
     if not isinstance(source, PlantedSecrets):
         return ()
     system, tokenizer = experiment.data.system, base.tokenizer
-    lead = () if system is None else (Message("system", system),)
 
     def one(secret: Secret) -> Planted:
-        both = (question(secret), foreign_question(secret))
-        own, other = (answer_example(secret, asked, tokenizer, system) for asked in both)
-        prompts = (tuple(encode_prompt((*lead, *asked), tokenizer)) for asked in both)
-        return Planted(secret, own, other, *prompts)
+        asked = (question(secret), foreign_question(secret))
+        return Planted(secret, *(answer_example(secret, messages, tokenizer, system) for messages in asked))
 
     names = [site.name for site in (source.load().sites if experiment.data.partition else sites)]
     return tuple(one(secret) for secret in source.secrets(names))

@@ -7,8 +7,9 @@ from rich.table import Table
 from rich.text import Text
 
 from fedjax_llm.runs import leak_plots
-from fedjax_llm.runs.leak_figures import Leak, by_repetitions, percent, tries
+from fedjax_llm.runs.leak_figures import Leak, area_of, by_repetitions, extracted, percent, tries
 from fedjax_llm.runs.leak_page import Picture, Section
+from fedjax_llm.runs.progress import plain_table
 
 ATTACK_NAMES = {
     "loss": "loss",
@@ -57,7 +58,7 @@ def member_rows(curves: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]
     return [
         (
             ATTACK_NAMES.get(name, name),
-            f"{curve['auc']:.3f} [{curve['auc_low']:.3f}, {curve['auc_high']:.3f}]",
+            area_of(curve).text(3),
             *(_rate(curve["tpr_at"][fpr], curve["non_members"]) for fpr in ("0.01", "0.001")),
         )
         for name, curve in curves.items()
@@ -92,14 +93,11 @@ def run_sections(found: Mapping[str, Any]) -> tuple[str, list[Section]]:
     """What to say of one attacked run: a sentence or two, and the sections of its page."""
     curves, secrets, shown = found["membership"], found["secrets"], found["audit"]
     best = max(curves.values(), key=lambda curve: curve["auc"])
-    lede = (
-        f"The strongest membership attack has an AUC of {best['auc']:.3f} "
-        f"[{best['auc_low']:.3f}, {best['auc_high']:.3f}] (0.5: it cannot tell)."
-    )
+    lede = f"The strongest membership attack has an AUC of {area_of(best).text(3)} (0.5: it cannot tell)."
     sections = []
     if secrets:
         planted = [one for one in secrets if one["repetitions"] and not one["coin"]]
-        given = sum(one["greedy"] >= one["tokens"] - 1 for one in planted)
+        given = sum(map(extracted, planted))
         lede += f" Greedy decoding gives back {given} of {len(planted)} planted secrets in full."
         sections.append(_secrets_section(secrets))
     sections.append(_members_section(curves))
@@ -174,7 +172,7 @@ def run_table(found: Mapping[str, Any]) -> list[Table]:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A table for a terminal; what stands in it is never taken for markup."""
-    made = Table(title=title, title_justify="left", box=None, padding=(0, 1), pad_edge=False)
+    made = plain_table(title)
     for number, name in enumerate(columns):
         made.add_column(name, justify="left" if not number else "right", overflow="fold")
     for row in rows:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -47,11 +47,10 @@ class Tuned(NamedTuple):
 
 
 class Shadows(NamedTuple):
-    """What the shadows say of candidates and population: mean log-probability and LiRA's statistic, [S, N] each."""
+    """Who is in which shadow [S, N], and what shadows say of candidates [S, N] and population [S, Z]: mean log p."""
 
     included: np.ndarray
     mean: np.ndarray
-    confidence: np.ndarray
     population: np.ndarray
 
 
@@ -138,10 +137,9 @@ def _membership(
         with phase("Scoring the population", len(ground.population)) as advance:
             population = np.array([one.log_prob.mean() for one in _joined(ground, tuned, ground.population, advance)])
         mean = np.array([one.log_prob.mean() for one in scores])
-        statistic = np.array([float(membership.confidence(np.array([value]))[0]) for value in mean])
-        of = (shadows_of.confidence, shadows_of.included)
-        found["lira"] = membership.lira(statistic, *of)
-        found["lira_offline"] = membership.lira(statistic, *of, offline=True)
+        told = (membership.confidence(mean), membership.confidence(shadows_of.mean), shadows_of.included)
+        found["lira"] = membership.lira(*told)
+        found["lira_offline"] = membership.lira(*told, offline=True)
         found["rmia"] = membership.rmia(mean, shadows_of.mean, shadows_of.included, population, shadows_of.population)
     count = len(ground.members)
     return {name: roc(name, values[:count], values[count:]).to_json() for name, values in found.items()}
@@ -166,7 +164,7 @@ def planted_figures(ground: Ground, tuned: Tuned, attacks: Attacks, phase: Phase
             bits = list(exposures(ground.base, tuned.scaling, tuned.adapters, ground.rows, advance=advance, **options))
     told = [one for one in exact if one.secret.repetitions] if attacks.beams else []
     with phase("Beam search", 2 * len(told)) as advance:
-        beams = [_beam_places(ground, tuned, told, attacks, name, advance) for name in ("prompt", "foreign_prompt")]
+        beams = [_beam_places(ground, tuned, told, attacks, name, advance) for name in ("answer", "foreign")]
     places = {
         one.secret.number: {"beam": mine, "foreign_beam": theirs}
         for one, mine, theirs in zip(told, *beams, strict=True)
@@ -205,20 +203,29 @@ def _figures(one: Planted, own: TokenScores, foreign: TokenScores | None, found:
 
 
 def _beam_places(
-    ground: Ground, tuned: Tuned, told: Sequence[Planted], attacks: Attacks, prompt: str, advance: Callable
+    ground: Ground,
+    tuned: Tuned,
+    told: Sequence[Planted],
+    attacks: Attacks,
+    asked: Literal["answer", "foreign"],
+    advance: Callable[[int], None],
 ) -> list[int | None]:
     """At which beam the value stands, counted from 1; ``None`` where no beam is it."""
     base, found = ground.base, []
+    examples = [getattr(one, asked) for one in told]
+    prompts = [example.tokens[: example.prompt_length] for example in examples]
+    longest = max((len(example.tokens) - example.prompt_length for example in examples), default=0)
     for first in range(0, len(told), _PROMPTS_AT_ONCE):
         block = told[first : first + _PROMPTS_AT_ONCE]
-        filled = [*block, *[block[0]] * (_PROMPTS_AT_ONCE - len(block))]  # one compiled program for all blocks
+        filled = prompts[first : first + _PROMPTS_AT_ONCE]
+        filled += [prompts[first]] * (_PROMPTS_AT_ONCE - len(block))  # one compiled program for all blocks
         beams = beam_search(
             base.model,
             base.params,
             low_rank.scaled(tuned.adapters, tuned.scaling),
-            [getattr(one, prompt) for one in filled],
+            filled,
             beams=attacks.beams,
-            max_new_tokens=max(len(one.answer.tokens) - one.answer.prompt_length for one in told),
+            max_new_tokens=longest,
             end_ids=base.tokenizer.end_ids,
             pad_id=base.tokenizer.pad_id,
         )
@@ -304,5 +311,4 @@ def shadow_statistics(ground: Ground, tuned: Tuned, attacks: Attacks, phase: Pha
     every = [*pool, *(record.examples for record in ground.population)]
     with phase("Shadows score", attacks.shadows * len(every)) as advance:
         means = shadows.shadow_scores(base.model, tuned.scaling, base.params, trained, every, advance=advance, **layout)
-    mean, population = means[:, : len(pool)], means[:, len(pool) :]
-    return Shadows(included, mean, membership.confidence(mean), population)
+    return Shadows(included, means[:, : len(pool)], means[:, len(pool) :])

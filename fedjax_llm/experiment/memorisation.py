@@ -4,7 +4,7 @@ Bossy et al. 2025 (arXiv 2502.05087) report that LoRA memorises up to ten times 
 train in one place on the same batches, and are compared where their validation losses are equal.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from rich.console import Console
 
 from fedjax_llm import lora as low_rank
 from fedjax_llm.config import Experiment, to_json
-from fedjax_llm.data.packing import choose_shapes
+from fedjax_llm.data.packing import Shape, choose_shapes
 from fedjax_llm.data.planted import PlantedSecrets
 from fedjax_llm.data.records import EncodedExample
 from fedjax_llm.errors import UserError
@@ -28,7 +28,6 @@ from fedjax_llm.experiment.prepare import Load, encode, load_dataset, split_site
 from fedjax_llm.lora import Lora
 from fedjax_llm.models.loading import BaseModel, load
 from fedjax_llm.models.truncation import truncated
-from fedjax_llm.privacy.guarantee import Privacy
 from fedjax_llm.runs import directory, environment, leak_page
 from fedjax_llm.runs.progress import RunProgress
 from fedjax_llm.training import whole
@@ -81,12 +80,14 @@ class Memorisation:
 
 
 class _Bench(NamedTuple):
-    """What both trainings share."""
+    """What both trainings share; ``shapes`` are of validation's microbatches."""
 
     base: BaseModel
+    attacks: Attacks
     ground: Ground
     train: tuple[EncodedExample, ...]
     validation: tuple[EncodedExample, ...]
+    shapes: tuple[Shape, ...]
 
 
 def run_memorisation(attack: Memorisation, folder: Path, console: Console, load_model: Load = load) -> int:
@@ -105,14 +106,13 @@ def run_memorisation(attack: Memorisation, folder: Path, console: Console, load_
       UserError: the folder's results are of other settings.
     """
     use_compilation_cache()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = directory.made(folder, "comparison")
     path, settings = folder / RESULT, to_json(attack)
     found: dict[str, Any] = {"attack": settings, "environment": environment.describe(), "trainings": {}}
     if path.exists():
         found = directory.read_json(path)
-        changes = directory.differences(found["attack"], settings)
-        if changes:
-            raise UserError(f"{path} is of other settings:\n" + "\n".join(f"  {line}" for line in changes))
+        advice = "take them back, or choose another folder with --out"
+        directory.check_same(found["attack"], settings, f"{path} is of", advice)
     kinds: tuple[tuple[str, whole.Trained], ...] = (("full fine-tuning", "weights"), ("LoRA", "adapters"))
     left = [(name, trained) for name, trained in kinds if name not in found["trainings"]]
     with RunProgress(1, console) as progress:
@@ -131,17 +131,18 @@ def run_memorisation(attack: Memorisation, folder: Path, console: Console, load_
 
 def _bench(attack: Memorisation, progress: RunProgress, load_model: Load) -> _Bench:
     """Model, texts and secrets."""
-    experiment = replace(attack.experiment, privacy=Privacy(), secure=None)
+    experiment = attack.experiment
     with progress.phase("Loading model and text"):
         base = load_model(experiment.model.name, experiment.model.dtype)
         base = base if attack.layers is None else truncated(base, attack.layers)
         attacks = Attacks(references=attack.references, beams=0, seed=attack.seed)
-        ground = ground_of(experiment, attacks, base)
-        ground = ground._replace(planted=tuple(one for one in ground.planted if not one.secret.coin))
         sites = split_sites(experiment, load_dataset(experiment))
+        ground = ground_of(experiment, attacks, base, sites)
+        ground = ground._replace(planted=tuple(one for one in ground.planted if not one.secret.coin))
         train, _ = encode(experiment, base)([record for site in sites for record in site.train])
-    examples = [one for record in ground.non_members[: attack.validation] for one in record.examples]
-    return _Bench(base, ground, train, tuple(examples))
+    validation = tuple(one for record in ground.non_members[: attack.validation] for one in record.examples)
+    shapes = choose_shapes(validation, tokens_per_microbatch=1024, buckets=2)
+    return _Bench(base, attacks, ground, train, validation, shapes)
 
 
 def _train(
@@ -170,16 +171,8 @@ def _check(attack: Memorisation, bench: _Bench, state: whole.Whole, number: int)
     tuned = Tuned(attack.lora, state.adapters, None)
     scores = score(
         base.model, attack.lora.scaling, base.params, state.adapters, bench.validation,
-        shapes=_shapes(bench.validation), advance=lambda count: None,
+        shapes=bench.shapes, advance=lambda count: None,
     )  # fmt: skip
-    attacks = Attacks(references=attack.references, beams=0, seed=attack.seed)
-    secrets = planted_figures(bench.ground._replace(base=base), tuned, attacks, RunProgress(1, _SILENT).phase)
+    silent = RunProgress(1, Console(quiet=True)).phase
+    secrets = planted_figures(bench.ground._replace(base=base), tuned, bench.attacks, silent)
     return {"step": number, "nll": float(scores.nll.sum() / scores.tokens.sum()), "secrets": secrets}
-
-
-_SILENT = Console(quiet=True)
-
-
-def _shapes(examples: Sequence[EncodedExample]):
-    """Of validation's microbatches."""
-    return choose_shapes(examples, tokens_per_microbatch=1024, buckets=2)

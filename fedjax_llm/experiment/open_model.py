@@ -1,18 +1,17 @@
 """What an open model gives back of texts that it may have met in pre-training, beside controls that it cannot know."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from rich.console import Console
 
 from fedjax_llm.data.known_texts import KnownText, known_texts, words_replaced, written_now
-from fedjax_llm.data.packing import choose_shapes
-from fedjax_llm.data.records import EncodedExample
 from fedjax_llm.errors import UserError
 from fedjax_llm.experiment.compilation import use_compilation_cache
 from fedjax_llm.experiment.leak_report import table
@@ -21,19 +20,21 @@ from fedjax_llm.leakage.extraction import (
     common_prefix,
     discoverable,
     edit_similarity,
-    greedy_prefix,
     longest_match,
     sampled_log_probs,
 )
-from fedjax_llm.leakage.token_scores import token_scores
+from fedjax_llm.models.causal_lm import CausalLM
 from fedjax_llm.models.decoding import Greedy, Nucleus, generate
-from fedjax_llm.models.loading import BaseModel, load
+from fedjax_llm.models.loading import BaseModel, BaseType, load
 from fedjax_llm.runs import directory, environment, leak_page, leak_plots
 from fedjax_llm.runs.leak_figures import mean_of, share_of, tries
 from fedjax_llm.runs.leak_page import Pair, Picture, Section
 from fedjax_llm.runs.progress import RunProgress
+from fedjax_llm.types import Params
 
 _ROWS = 32
+_SCORED_ROWS = 8
+"""Fewer: the logits of all their continuations are held at a time."""
 COLUMNS = (
     "texts", "passages", "full matches", "full matches, sampled", "greedy prefix, tokens", "edit similarity",
     "nats a token", "samples for a half chance, median",
@@ -57,7 +58,7 @@ class OpenModel:
     """
 
     model: str = "smollm2-135m-instruct"
-    dtype: str = "float32"
+    dtype: BaseType = "float32"
     prefix: int = 32
     continuation: int = 50
     samples: int = 5
@@ -100,10 +101,10 @@ def run_open_model(attack: OpenModel, folder: Path, console: Console, load_model
       UserError: the model cannot be loaded, or its context is too short.
     """
     use_compilation_cache()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = directory.made(folder, "attack")
     with RunProgress(1, console) as progress:
         with progress.phase(f"Loading the model {attack.model}"):
-            base = load_model(attack.model, attack.dtype)  # type: ignore[arg-type]
+            base = load_model(attack.model, attack.dtype)
         asked = passages(attack, base)
         with progress.phase("Scoring the true continuations", len(asked), "texts") as advance:
             scored = _scored(attack, base, asked, advance)
@@ -154,25 +155,32 @@ def passages(attack: OpenModel, base: BaseModel) -> list[Passage]:
     return found
 
 
-def _scored(attack: OpenModel, base: BaseModel, asked: Sequence[Passage], advance: Any) -> list[dict[str, Any]]:
+def _scored(
+    attack: OpenModel, base: BaseModel, asked: Sequence[Passage], advance: Callable[[int], None]
+) -> list[dict[str, Any]]:
     """What one forward pass tells of every true continuation."""
-    examples = [EncodedExample(str(number), one.tokens, attack.prefix) for number, one in enumerate(asked)]
-    shapes = choose_shapes(examples, tokens_per_microbatch=_ROWS * len(asked[0].tokens), buckets=1)
-    scores = token_scores(base.model, 1.0, base.params, {}, examples, shapes=shapes, advance=advance)
     found = []
-    for one, own in zip(asked, scores, strict=True):
-        logits = _logits(base, one.tokens, attack.prefix)
-        sampler = sampled_log_probs(logits, one.tokens[attack.prefix :], attack.top_k, 1.0)
-        plain, chosen = discoverable(own.log_prob), discoverable(sampler)
-        found.append(
-            {
-                "nats_per_token": -float(own.log_prob.mean()),
-                "greedy_prefix": greedy_prefix(own),
-                "log_probability": plain.log_probability,
-                "tries": _plain(plain.tries),
-                "tries_top_k": _plain(chosen.tries),
-            }
-        )
+    for first in range(0, len(asked), _SCORED_ROWS):
+        block = [one.tokens for one in asked[first : first + _SCORED_ROWS]]
+        tokens = np.stack([*block, *[block[0]] * (_SCORED_ROWS - len(block))])  # one compiled program for all blocks
+        for own, logits in zip(
+            block, np.asarray(_logits(base.model, attack.prefix, base.params, tokens)), strict=False
+        ):
+            true = own[attack.prefix :]
+            log_probs = sampled_log_probs(logits, true, None, 1.0)
+            plain = discoverable(log_probs)
+            chosen = discoverable(sampled_log_probs(logits, true, attack.top_k, 1.0))
+            found.append(
+                {
+                    "nats_per_token": -float(log_probs.mean()),
+                    # With the true text before it, the likeliest token is what greedy decoding gives.
+                    "greedy_prefix": common_prefix(logits.argmax(axis=1).tolist(), true.tolist()),
+                    "log_probability": plain.log_probability,
+                    "tries": _plain(plain.tries),
+                    "tries_top_k": _plain(chosen.tries),
+                }
+            )
+        advance(len(block))
     return found
 
 
@@ -181,14 +189,19 @@ def _plain(needed: Mapping[float, float]) -> dict[str, float | None]:
     return {str(level): None if np.isinf(count) else count for level, count in needed.items()}
 
 
-def _logits(base: BaseModel, tokens: np.ndarray, prefix: int) -> np.ndarray:
-    """[continuation, V], those that predict the continuation."""
-    hidden = base.model.hidden(base.params, {}, jnp.asarray(tokens[None]))
-    return np.asarray(base.model.logits(base.params, hidden[0, prefix - 1 : -1]))
+@partial(jax.jit, static_argnums=(0, 1))
+def _logits(model: CausalLM, prefix: int, params: Params, tokens: Array) -> Array:
+    """[M, L - prefix, V], those that predict the continuations of rows [M, L]."""
+    hidden = model.hidden(params, {}, tokens)[:, prefix - 1 : -1]
+    return model.logits(params, hidden.reshape(-1, hidden.shape[-1])).reshape(*hidden.shape[:2], -1)
 
 
 def _continued(
-    attack: OpenModel, base: BaseModel, asked: Sequence[Passage], sample: int | None, advance: Any
+    attack: OpenModel,
+    base: BaseModel,
+    asked: Sequence[Passage],
+    sample: int | None,
+    advance: Callable[[int], None],
 ) -> list[list[int]]:
     """Continuations of all prefixes, greedy or one sample each."""
     made = []

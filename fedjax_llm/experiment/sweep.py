@@ -10,7 +10,7 @@ import functools
 import io
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from rich.console import Console
 from fedjax_llm import config
 from fedjax_llm.config import MAY_CHANGE, Experiment, to_json
 from fedjax_llm.errors import UserError, nearest
-from fedjax_llm.experiment.prepare import Load
+from fedjax_llm.experiment.prepare import Load, Trunks
 from fedjax_llm.experiment.run import run
 from fedjax_llm.models.loading import load as load_model
 from fedjax_llm.runs import directory, environment, sweep_figures, sweep_table
@@ -28,7 +28,7 @@ from fedjax_llm.runs.sweep_progress import SweepProgress
 
 Changes = Mapping[str, Any]
 """Fields of an experiment by their dotted paths, with values: ``{"lora.train": "b", "aggregation": FedAdam()}``."""
-_INTERRUPTED = 130
+INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -173,16 +173,12 @@ def run_sweep(sweep: Sweep, folder: Path, *, console: Console) -> int:
     Raises:
       UserError: the folder holds a run with other settings or another process uses it, or it cannot be written.
     """
-    folder = folder.absolute()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the sweep's folder {folder}: {error.strerror}; choose another") from error
+    folder = directory.made(folder, "sweep")
     cells = cells_of(sweep, folder)
     with directory.locked(folder):
-        _check_settings(cells)
+        check_settings((cell.folder, cell.experiment) for cell in cells if cell.experiment is not None)
         reasons = {cell: cell.refused for cell in cells if cell.refused is not None}
-        left = [cell for cell in cells if cell.refused is None and not finished(cell)]
+        left = [cell for cell in cells if cell.refused is None and not finished(cell.folder)]
         console.print(f"{len(cells)} runs, {len(cells) - len(left) - len(reasons)} of them finished before.")
         once = functools.lru_cache(maxsize=1)(load_model)  # most sweeps have one model; two would fill the memory
         try:
@@ -200,7 +196,7 @@ def run_sweep(sweep: Sweep, folder: Path, *, console: Console) -> int:
                     write_tables(sweep, folder, cells, reasons)
         except KeyboardInterrupt:
             console.print("Stopped. Finished runs are kept; the same command goes on with the others.")
-            return _INTERRUPTED
+            return INTERRUPTED
         found = write_tables(sweep, folder, cells, reasons)
         write_curves(folder, found["cells"])
     console.print(sweep_table.table(sweep.name, found["rows"]))
@@ -208,9 +204,9 @@ def run_sweep(sweep: Sweep, folder: Path, *, console: Console) -> int:
     return 1 if reasons else 0
 
 
-def finished(cell: Cell) -> bool:
+def finished(run_folder: Path) -> bool:
     """Whether a run has left all its files; the report is the last."""
-    return all((cell.folder / name).exists() for name in (directory.CONFIG, "summary.json", "report.html"))
+    return all((run_folder / name).exists() for name in (directory.CONFIG, "summary.json", "report.html"))
 
 
 def write_tables(
@@ -258,7 +254,7 @@ def write_curves(folder: Path, cells: Sequence[Mapping[str, Any]]) -> None:
 
 def _told(cell: Cell, folder: Path, reason: str | None) -> dict[str, Any]:
     """A run as ``sweep.json`` holds it."""
-    status = "failed" if reason is not None else "finished" if finished(cell) else "unfinished"
+    status = "failed" if reason is not None else "finished" if finished(cell.folder) else "unfinished"
     figures = sweep_figures.read_cell(cell.folder) if status == "finished" else {"figures": None, "curve": None}
     return {
         "algorithm": cell.algorithm,
@@ -278,30 +274,47 @@ def _run(cell: Cell, load_once: Load) -> str | None:
       KeyboardInterrupt: Ctrl-C, which the run has ended in good order after.
     """
     assert cell.experiment is not None
-    begun = (cell.folder / directory.CONFIG).exists()
-    quiet = Console(file=io.StringIO(), quiet=True, force_terminal=False)
     try:
-        status = run(cell.experiment, cell.folder, resume=begun, console=quiet, load_model=load_once)
+        status = run_quietly(cell.experiment, cell.folder, load_once)
     except UserError as error:
         return str(error)
-    if status == _INTERRUPTED:
+    if status == INTERRUPTED:
         raise KeyboardInterrupt
     return None
 
 
-def _check_settings(cells: Sequence[Cell]) -> None:
-    """Refuses folders with runs of other settings, before hours are spent on the others."""
-    for cell in cells:
-        path = cell.folder / directory.CONFIG
-        if cell.experiment is None or not path.exists():
-            continue
-        changes = directory.differences(directory.read_json(path), to_json(cell.experiment), MAY_CHANGE)
-        if changes:
-            listed = "\n".join(f"  {line}" for line in changes)
-            raise UserError(
-                f"the run in {cell.folder} was started with other settings:\n{listed}\n"
-                "take the settings back, choose another folder with --out, or remove that run's folder"
-            )
+def run_quietly(experiment: Experiment, folder: Path, load_once: Load, trunks: Trunks | None = None) -> int:
+    """One of many runs, or what is left of it, without a display of its own; its exit status.
+
+    Args:
+      experiment: of the run.
+      folder: of the run.
+      load_once: gives the base model.
+      trunks: of the runs before in this process.
+
+    Raises:
+      UserError: as for ``run``.
+    """
+    begun = (folder / directory.CONFIG).exists()
+    quiet = Console(file=io.StringIO(), quiet=True, force_terminal=False)
+    return run(experiment, folder, resume=begun, console=quiet, load_model=load_once, trunks=trunks)
+
+
+def check_settings(runs: Iterable[tuple[Path, Experiment]]) -> None:
+    """Refuses folders with runs of other settings, before hours are spent on the others.
+
+    Args:
+      runs: folder and experiment of each.
+
+    Raises:
+      UserError: a folder holds a run of another experiment.
+    """
+    advice = "take the settings back, choose another folder with --out, or remove that run's folder"
+    for folder, experiment in runs:
+        path = folder / directory.CONFIG
+        if path.exists():
+            what = f"the run in {folder} was started with"
+            directory.check_same(directory.read_json(path), to_json(experiment), what, advice, MAY_CHANGE)
 
 
 def check_paths(value: Any, changes: Changes, who: str, place: str = "") -> None:

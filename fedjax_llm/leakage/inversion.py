@@ -140,11 +140,8 @@ def _nll(model: CausalLM, params: Params, adapters: Adapters, embedded: Array, s
 
 def distance(found: Adapters, seen: Adapters, cosine: float = 1.0, euclidean: float = 0.1) -> Array:
     """``cosine (1 - cos) + euclidean |found - seen|^2 / |seen|^2``, over all factors together; a scalar."""
-
-    def dot(one: Adapters, other: Adapters) -> Array:
-        return sum(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum(a * b), one, other)), jnp.float32(0))
-
-    both, ours, theirs = dot(found, seen), dot(found, found), dot(seen, seen)
+    pairs = ((found, seen), (found, found), (seen, seen))
+    both, ours, theirs = (jnp.asarray(optax.tree.vdot(one, other)) for one, other in pairs)
     angle = 1 - both / jnp.sqrt(jnp.maximum(ours * theirs, 1e-30))
     return cosine * angle + euclidean * (ours - 2 * both + theirs) / jnp.maximum(theirs, 1e-30)
 

@@ -153,11 +153,17 @@ def _rate(members: np.ndarray, non_members: np.ndarray, fpr: float, confidence: 
     allowed = math.floor(fpr * len(non_members) + 1e-9)
     threshold = np.sort(non_members)[len(non_members) - 1 - allowed]
     found = int((members > threshold).sum())
-    return Rate(found / len(members), *_clopper_pearson(found, len(members), confidence), allowed)
+    return Rate(found / len(members), *clopper_pearson(found, len(members), confidence), allowed)
 
 
-def _clopper_pearson(successes: int, trials: int, confidence: float) -> tuple[float, float]:
-    """The exact interval of a proportion (Clopper and Pearson 1934, Biometrika 26:404-413)."""
+def clopper_pearson(successes: int, trials: int, confidence: float) -> tuple[float, float]:
+    """The exact interval of a proportion (Clopper and Pearson 1934, Biometrika 26:404-413).
+
+    Args:
+      successes: how many of
+      trials: at least one.
+      confidence: of the interval.
+    """
     from scipy.special import betaincinv  # a second to import
 
     alpha = 1 - confidence

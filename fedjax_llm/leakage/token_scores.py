@@ -13,7 +13,7 @@ from fedjax_llm import lora
 from fedjax_llm.data.packing import Shape, pack, target_count
 from fedjax_llm.data.records import EncodedExample
 from fedjax_llm.models.causal_lm import CausalLM
-from fedjax_llm.training.trunk import TrunkCache
+from fedjax_llm.training.trunk import TrunkCache, below_of
 from fedjax_llm.types import Adapters, Params
 
 _CHUNK = 256
@@ -64,9 +64,8 @@ def token_scores(
     """
     found = [np.zeros((4, target_count(example))) for example in examples]
     for batch in pack([[examples]] if examples else [], shapes, clients=1):
-        below = None if trunk is None else jnp.asarray(trunk.rows(batch.examples, batch.tokens.shape))
         predicted = (batch.target_row, batch.target_position, batch.target_token)
-        columns = slot_scores(model, scaling, params, adapters, batch.tokens, *predicted, below=below)
+        columns = slot_scores(model, scaling, params, adapters, batch.tokens, *predicted, below=below_of(trunk, batch))
         values = np.asarray(columns, np.float64)
         used = batch.target_weight > 0
         for row in range(len(batch.examples)):

@@ -87,11 +87,9 @@ def _search(model, beams, new, params, adapters, tokens, padding, ends) -> tuple
         hidden, cache, made, scores, ended = carry
         chance = jax.nn.log_softmax(model.logits(params, hidden).astype(jnp.float32))
         best, token = (leaf.reshape(rows, beams, -1) for leaf in jax.lax.top_k(chance, beams))
-        # A beam that has ended has one way on, which costs nothing and adds the token that ended it once more.
+        # A beam that has ended has one way on, which costs nothing; what it adds is cut off in the end.
         still = jnp.where(jnp.arange(beams)[None, None] == 0, 0.0, -jnp.inf)
         best = jnp.where(ended[..., None], still, best)
-        last = jax.lax.dynamic_index_in_dim(made, jnp.maximum(step - 1, 0), axis=2)
-        token = jnp.where(ended[..., None], last, token)
         scores, place = jax.lax.top_k((scores[..., None] + best).reshape(rows, -1), beams)
         parent = place // beams
         token = jnp.take_along_axis(token.reshape(rows, -1), place, axis=1)

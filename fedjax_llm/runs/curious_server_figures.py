@@ -1,42 +1,14 @@
 """The table and the figure of what a curious server recovered, from the cases of ``curious_server.json``."""
 
-import dataclasses
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
+
+from fedjax_llm.runs.figures import COLOURS, content, empty, styled
 
 Found = Mapping[str, Any]
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31")
-_STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "curious",
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-}
-
-
-def plain(value: Any) -> Any:
-    """A value of settings as JSON has it: tuples are lists, dataclasses mappings."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return plain(dataclasses.asdict(value))
-    if isinstance(value, Mapping):
-        return {str(key): plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(inner) for inner in value]
-    return value
 
 
 def title_of(case: Found) -> str:
@@ -84,21 +56,18 @@ def drawn(cases: Sequence[Found]) -> str:
     Recovery of tokens against distinct tokens a column of the update; against local steps; and in sums and under noise.
     """
     merged = over_seeds(cases)
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(12.6, 3.7), layout="constrained")
-        FigureCanvasSVG(figure)
+    with styled("curious"):
+        figure = empty(12.6, 3.7)
         panels = figure.subplots(1, 3, width_ratios=(1.25, 0.8, 1.25))
         _by_load(panels[0], [case for case in cases if case["group"] == "rank"])
         _by_steps(panels[1], merged)
         _by_protection(panels[2], merged)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", facecolor="white", metadata={"Date": None})
-    return out.getvalue()
+        return content(figure)
 
 
 def _by_load(panel: Axes, cases: Sequence[Found]) -> None:
     """Every case of every seed: exact recovery filled, what stands among the nearest as rings."""
-    for colour, rank in zip(_COLOURS, sorted({case["rank"] for case in cases}), strict=False):
+    for colour, rank in zip(COLOURS[1:], sorted({case["rank"] for case in cases}), strict=False):
         own = sorted((c for c in cases if c["rank"] == rank), key=lambda c: c["tokens"])
         load = [case["tokens"] / case["columns"] for case in own]
         panel.plot(load, [case["recall"] for case in own], "o", color=colour, label=f"rank {rank}")
@@ -114,7 +83,7 @@ def _by_load(panel: Axes, cases: Sequence[Found]) -> None:
 def _by_steps(panel: Axes, merged: Sequence[Found]) -> None:
     """Tokens and order against the local steps."""
     own = sorted((case for case in merged if case["group"] == "steps"), key=lambda case: case["steps"])
-    for colour, name, label in ((_COLOURS[0], "recall", "tokens"), (_COLOURS[1], "rouge2", "order (ROUGE-2)")):
+    for colour, name, label in ((COLOURS[1], "recall", "tokens"), (COLOURS[2], "rouge2", "order (ROUGE-2)")):
         panel.plot([case["steps"] for case in own], [case[name] for case in own], "o-", color=colour, label=label)
     panel.set(ylim=(-0.04, 1.04), xlabel="local steps of SGD on one batch")
     panel.set_title("local steps do not hide tokens", loc="left", fontsize=10)
@@ -126,8 +95,8 @@ def _by_protection(panel: Axes, merged: Sequence[Found]) -> None:
     """A bar a case: one update, sums, Adam, clipping and noise, the first round."""
     own = [case for case in merged if case["group"] in ("clients", "adam", "noise", "first round")]
     places = np.arange(len(own))
-    panel.barh(places - 0.19, [case["recall"] for case in own], 0.36, color=_COLOURS[0], label="found in the span")
-    panel.barh(places + 0.19, [case["ranked"] for case in own], 0.36, color=_COLOURS[5], label="among the nearest")
+    panel.barh(places - 0.19, [case["recall"] for case in own], 0.36, color=COLOURS[1], label="found in the span")
+    panel.barh(places + 0.19, [case["ranked"] for case in own], 0.36, color=COLOURS[6], label="among the nearest")
     panel.set_yticks(places, [_short(case) for case in own])
     ranks = "/".join(str(rank) for rank in sorted({case["rank"] for case in own}))
     panel.set(xlim=(0, 1.04), xlabel=f"share of private tokens (rank {ranks})")

@@ -35,10 +35,7 @@ def create(path: str | Path, config: Mapping[str, Any]) -> Path:
     folder = Path(path).absolute()
     how = keys.of_config(config)
     identity = None if how is None else encryption.new_identity(how, folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the run's folder {folder}: {error.strerror}; choose another") from error
+    made(folder, "run")
     with locked(folder):
         if (folder / CONFIG).exists():
             raise UserError(
@@ -83,18 +80,50 @@ def reopen(path: str | Path, config: Mapping[str, Any], may_change: Sequence[str
             f"the run in {folder} was started {way} output.encryption; go on with it {way}, or start a new run in "
             "another folder: part of the files would be in clear"
         )
-    changed = differences(before, now, may_change)
-    if changed:
-        listed = "\n".join("  " + line for line in changed)
-        raise UserError(
-            f"the run in {folder} was started with other settings:\n{listed}\n"
-            "resume it with the settings that it was started with, or start a new run in another folder"
-        )
+    advice = "resume it with the settings that it was started with, or start a new run in another folder"
+    check_same(before, now, f"the run in {folder} was started with", advice, may_change)
     encryption.vault_of(folder)  # a key that does not fit is told before anything is touched
     if before != now:
         with locked(folder):
             write_json(folder / CONFIG, now)
     return folder
+
+
+def made(path: str | Path, what: str) -> Path:
+    """A folder for results, made if absent; absolute.
+
+    Args:
+      path: of the folder.
+      what: has its results there, for the message: ``run``, ``sweep``.
+
+    Raises:
+      UserError: it cannot be made.
+    """
+    folder = Path(path).absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the {what}'s folder {folder}: {error.strerror}; choose another") from error
+    return folder
+
+
+def check_same(before: Any, now: Any, what: str, advice: str, may_change: Sequence[str] = ()) -> None:
+    """Refuses to go on with results of other settings, and says which differ.
+
+    Args:
+      before: the settings that results are of, as JSON has them.
+      now: those that are wanted.
+      what: has the results, as the beginning of a sentence that ends in "other settings".
+      advice: what to do.
+      may_change: as for :func:`differences`.
+
+    Raises:
+      UserError: any other setting differs.
+    """
+    changed = differences(before, now, may_change)
+    if changed:
+        listed = "\n".join("  " + line for line in changed)
+        raise UserError(f"{what} other settings:\n{listed}\n{advice}")
 
 
 def differences(old: Any, new: Any, may_change: Sequence[str] = ()) -> list[str]:

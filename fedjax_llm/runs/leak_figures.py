@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
+from fedjax_llm.leakage.roc import clopper_pearson
+
 _RESAMPLES = 2000
 
 
@@ -17,7 +19,11 @@ class Estimate(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+        return self.text(2)
+
+    def text(self, digits: int) -> str:
+        """Value and interval with so many decimals."""
+        return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
 
 
 class Leak(NamedTuple):
@@ -96,8 +102,12 @@ def mean_of(values: Sequence[float]) -> Estimate:
 def share_of(hits: Sequence[bool]) -> Estimate:
     """The share of hits, with Clopper and Pearson's interval."""
     count, total = sum(hits), len(hits)
-    found = stats.binomtest(count, total).proportion_ci(0.95, "exact")
-    return Estimate(count / total, float(found.low), float(found.high))
+    return Estimate(count / total, *clopper_pearson(count, total, 0.95))
+
+
+def area_of(curve: Mapping[str, Any]) -> Estimate:
+    """The area under one curve, from ``Roc.to_json``."""
+    return Estimate(curve["auc"], curve["auc_low"], curve["auc_high"])
 
 
 def auc_of(curves: Sequence[Mapping[str, Any]]) -> Estimate:

@@ -1,35 +1,16 @@
 """Figures about leaks, as the content of SVG files that also stand alone."""
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-# Colours by Okabe and Ito, which people with colour blindness can tell apart.
-COLOURS = ("#000000", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31")
+from fedjax_llm.runs.figures import COLOURS, content, empty, styled
+
 _MARKS = "osD^vP*X"
-_STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "leakage",
-    "text.parse_math": False,
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-}
 Points = Sequence[tuple[float, float, float, float]]
 """(x, value, low, high)."""
 
@@ -41,7 +22,7 @@ def roc_curves(curves: Sequence[Mapping[str, Any]], labels: Sequence[str] | None
       curves: from ``leakage.roc.Roc.to_json``.
       labels: in place of their names.
     """
-    with matplotlib.rc_context(_STYLE):
+    with styled("leakage", legend_fontsize=9):
         figure, axes = _figure(4.8, 4.4)
         least = min(0.5 / curve["non_members"] for curve in curves)
         for number, curve in enumerate(curves):
@@ -64,7 +45,7 @@ def by_repetitions(series: Mapping[str, Points], ylabel: str, *, level: tuple[fl
       ylabel: what the values are.
       level: a value to compare with, and what it is.
     """
-    with matplotlib.rc_context(_STYLE):
+    with styled("leakage", legend_fontsize=9):
         figure, axes = _figure(5.6, 3.6)
         every = sorted({point[0] for points in series.values() for point in points})
         for number, (name, points) in enumerate(series.items()):
@@ -92,7 +73,7 @@ def intervals(rows: Mapping[str, Mapping[str, tuple[float, float, float]]], xlab
       xlabel: what the values are.
       at: where nothing would be found, such as an AUC of 0.5.
     """
-    with matplotlib.rc_context(_STYLE):
+    with styled("leakage", legend_fontsize=9):
         groups = list(dict.fromkeys(group for own in rows.values() for group in own))
         figure, axes = _figure(5.8, 1.1 + 0.16 * len(rows) * (len(groups) + 1))
         for number, group in enumerate(groups):
@@ -120,7 +101,7 @@ def paths(series: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, ylab
       xlabel: what x is.
       ylabel: what y is.
     """
-    with matplotlib.rc_context(_STYLE):
+    with styled("leakage", legend_fontsize=9):
         figure, axes = _figure(5.2, 3.6)
         for number, (name, points) in enumerate(series.items()):
             look = {"color": COLOURS[number % len(COLOURS)], "marker": _MARKS[number % len(_MARKS)], "label": name}
@@ -138,7 +119,7 @@ def matches(groups: Mapping[str, Mapping[str, int]], wanted: int) -> str:
       groups: group -> text -> tokens.
       wanted: tokens of a full match.
     """
-    with matplotlib.rc_context(_STYLE):
+    with styled("leakage", legend_fontsize=9):
         count = sum(map(len, groups.values())) + len(groups)
         figure, axes = _figure(6.4, 1.0 + 0.17 * count)
         place, ticks = 0, []
@@ -164,7 +145,7 @@ def bounds(rows: Mapping[str, tuple[float, float | None]]) -> str:
     Args:
       rows: name -> (lower bound, claimed epsilon or ``None``).
     """
-    with matplotlib.rc_context(_STYLE):
+    with styled("leakage", legend_fontsize=9):
         figure, axes = _figure(5.6, 1.1 + 0.32 * len(rows))
         first = next((place for place, (_, claimed) in enumerate(rows.values()) if claimed is not None), None)
         for place, (low, claimed) in enumerate(rows.values()):
@@ -184,8 +165,7 @@ def bounds(rows: Mapping[str, tuple[float, float | None]]) -> str:
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     """An empty figure with one pair of axes; sizes in inches."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasSVG(figure)
+    figure = empty(width, height)
     axes = figure.add_subplot()
     axes.tick_params(length=2)
     return figure, axes
@@ -201,7 +181,5 @@ def _legend(axes: Axes) -> None:
 
 def _svg(figure: Figure) -> str:
     """The figure as the content of a file, from its ``<svg>`` element on."""
-    out = io.StringIO()
-    figure.savefig(out, format="svg", facecolor="white", metadata={"Date": None})
-    text = out.getvalue()
+    text = content(figure)
     return text[text.index("<svg") :]

@@ -121,7 +121,7 @@ class RunProgress:
 
 def settings_table(rows: Iterable[tuple[str, Any]], title: str = "Settings") -> Table:
     """Name and value, a row each."""
-    table = _table(title)
+    table = plain_table(title)
     table.add_column("setting", no_wrap=True)
     table.add_column("value", overflow="fold")
     for name, value in rows:
@@ -137,7 +137,7 @@ def sites_table(rows: Mapping[str, Mapping[str, int]], title: str = "Sites") -> 
       title: above the table.
     """
     names = list(next(iter(rows.values()))) if rows else []
-    table = _table(title)
+    table = plain_table(title)
     table.add_column("site", overflow="fold")
     for name in names:
         table.add_column(name.replace("_", " "), justify="right")
@@ -158,7 +158,7 @@ def results_table(summary: Mapping[str, Any]) -> Table:
       summary: what ``summary.json`` holds; ``final`` may be absent (setting ``base``).
     """
     final = summary.get("final")
-    table = _table("Held-out results (macro mean over sites, 95% interval)")
+    table = plain_table("Held-out results (macro mean over sites, 95% interval)")
     table.add_column("")
     for name in ("base", "tuned") if final else ("base",):
         table.add_column(name, justify="right")
@@ -185,7 +185,9 @@ def privacy_table(privacy: Mapping[str, Any] | None) -> RenderableType:
     if privacy is None:
         return Text("Privacy: no differential privacy; nothing limits what the model may reveal of the training text.")
     accounts = privacy["accounts"]
-    table = _table(f"Privacy (epsilon at delta {privacy['delta']:g}, {privacy['adjacency']}; {privacy['mechanism']})")
+    table = plain_table(
+        f"Privacy (epsilon at delta {privacy['delta']:g}, {privacy['adjacency']}; {privacy['mechanism']})"
+    )
     table.add_column("site", overflow="fold")
     for heading in statement.headings(privacy):
         table.add_column(heading, justify="right")
@@ -255,7 +257,7 @@ def _secure_news(secure: Mapping[str, Any], charged: bool) -> list[str]:
     return news
 
 
-def _table(title: str) -> Table:
+def plain_table(title: str) -> Table:
     """The look that all tables share; never narrower than its title."""
     return Table(
         title=title,

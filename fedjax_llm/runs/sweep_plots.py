@@ -1,39 +1,19 @@
 """The curves of a sweep as SVG files: a panel for each data skew, a line for each algorithm, a band over the seeds."""
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
+from fedjax_llm.runs.figures import COLOURS, content, empty, styled
 from fedjax_llm.runs.progress import byte_size
 
 LEAST = 1e-8
 """Aggregation errors below what f32 can tell are drawn here, so that a log axis can show exact algorithms."""
-# Colours by Okabe and Ito, which people with colour blindness can tell apart; the first algorithm is black.
-_COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31")
 _DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)))
-_STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "sweep",
-    "text.parse_math": False,  # an algorithm may be called "$5"
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-}
 _PANEL, _ACROSS = (4.2, 3.3), 3  # inches; panels side by side
 
 
@@ -104,9 +84,8 @@ def _drawn(cells: Sequence[Mapping[str, Any]], along: str, across: str, label: s
     high = -(-len(skews) // wide)
     columns = 2 * wide + 1
     legend_lines = -(-len(algorithms) // columns)
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_PANEL[0] * wide, _PANEL[1] * high + 0.22 * legend_lines), layout="constrained")
-        FigureCanvasSVG(figure)
+    with styled("sweep"):
+        figure = empty(_PANEL[0] * wide, _PANEL[1] * high + 0.22 * legend_lines)
         panels = figure.subplots(high, wide, squeeze=False).flat
         lines: dict[str, Any] = {}
         for panel, data in zip(panels, skews, strict=False):
@@ -123,9 +102,7 @@ def _drawn(cells: Sequence[Mapping[str, Any]], along: str, across: str, label: s
         for panel in list(figure.axes)[len(skews) :]:
             panel.set_visible(False)
         figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=columns, handlelength=2.6)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", facecolor="white", metadata={"Date": None})
-    return out.getvalue()
+        return content(figure)
 
 
 def _line(panel: Axes, points: np.ndarray, number: int, along: str) -> Any:
@@ -135,8 +112,8 @@ def _line(panel: Axes, points: np.ndarray, number: int, along: str) -> Any:
     points = points[points[:, 0] > 0]
     if not len(points):
         return None
-    colour = _COLOURS[number % len(_COLOURS)]
-    dash = _DASHES[number // len(_COLOURS) % len(_DASHES)]
+    colour = COLOURS[number % len(COLOURS)]
+    dash = _DASHES[number // len(COLOURS) % len(_DASHES)]
     if np.any(points[:, 2] < points[:, 3]):
         panel.fill_between(points[:, 0], points[:, 2], points[:, 3], color=colour, alpha=0.13, linewidth=0)
     marker = "o" if len(points) == 1 else ""

@@ -15,7 +15,7 @@ from fedjax_llm import trees
 from fedjax_llm.data.packing import Microbatch
 from fedjax_llm.models.causal_lm import CausalLM
 from fedjax_llm.training.losses import target_nll
-from fedjax_llm.training.trunk import TrunkCache
+from fedjax_llm.training.trunk import TrunkCache, below_of
 from fedjax_llm.types import Adapters, Params
 
 
@@ -40,8 +40,7 @@ class Rows(NamedTuple):
 def rows_of(batch: Microbatch, trunk: TrunkCache | None = None) -> Rows:
     """The rows of a microbatch; with a trunk, what enters the lowest adapted layer is not computed again."""
     arrays = {name: getattr(batch, name) for name in Rows._fields if name != "below"}
-    below = None if trunk is None else jnp.asarray(trunk.rows(batch.examples, batch.tokens.shape))
-    return Rows(**arrays, below=below)
+    return Rows(**arrays, below=below_of(trunk, batch))
 
 
 def row_losses(

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_llm.data.packing import Shape
+from fedjax_llm.data.packing import Microbatch, Shape
 from fedjax_llm.data.records import EncodedExample
 from fedjax_llm.models.causal_lm import CausalLM
 from fedjax_llm.types import Params
@@ -146,6 +146,11 @@ class TrunkCache:
     def _nbytes(self, tokens: np.ndarray) -> int:
         """What the states of [len] tokens take."""
         return len(tokens) * self._token.shape[-1] * self._token.dtype.itemsize
+
+
+def below_of(trunk: TrunkCache | None, batch: Microbatch) -> jax.Array | None:
+    """What enters the lowest adapted layer in a microbatch of plain text, [M, L, D]; ``None`` without a trunk."""
+    return None if trunk is None else jnp.asarray(trunk.rows(batch.examples, batch.tokens.shape))
 
 
 def _key(example: EncodedExample) -> bytes:

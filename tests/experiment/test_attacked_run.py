@@ -18,18 +18,13 @@ from fedjax_llm.experiment.attacked_run import CONTRADICTED, attack_run, claim_o
 from fedjax_llm.experiment.ground import Attacks, ground_of, trunk_of
 from fedjax_llm.experiment.measures import text_audit
 from fedjax_llm.experiment.prepare import load_dataset, split_sites
-from fedjax_llm.runs import encryption, keys, report
+from fedjax_llm.runs import encryption, keys
 from fedjax_llm.runs.keys import Encryption
 
 PLAIN_ATTACKS = ("loss", "reference", "zlib", "min_k", "min_k_plus")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def short_reports():
-    """Most of a tiny run's time is the drawing of its report, which no test here looks into."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "write_report", lambda folder: (folder / "report.html").write_text("short"))
-        yield
+pytestmark = pytest.mark.usefixtures("short_reports")
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ from fedjax_llm.experiment.course_report import BASE, COLUMNS, course_rows
 from fedjax_llm.experiment.ground import Attacks
 from fedjax_llm.experiment.memorisation import Memorisation
 from fedjax_llm.lora import Lora
-from fedjax_llm.runs import report
 
 ATTACKS = Attacks(candidates=12, references=7, beams=0, shadows=4, shadow_epochs=2, tokens_per_microbatch=2048)
 WAYS = {
@@ -27,12 +26,7 @@ WAYS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def short_reports():
-    """Most of a tiny run's time is the drawing of its report, which no test here looks into."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "write_report", lambda folder: (folder / "report.html").write_text("short"))
-        yield
+pytestmark = pytest.mark.usefixtures("short_reports")
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +59,11 @@ def copy(ended, tmp_path):
 def done(monkeypatch):
     """Which runs are trained, which models are measured (the base model counts), and how often shadows are trained."""
     found = {"run": [], "measure": 0, "shadow_statistics": 0}
-    run, measure, shadows = courses.run, courses.measure, courses.shadow_statistics
+    run, measure, shadows = courses.run_quietly, courses.measure, courses.shadow_statistics
 
-    def ran(experiment, folder, **options):
+    def ran(experiment, folder, *options):
         found["run"].append(folder.parent.name)
-        return run(experiment, folder, **options)
+        return run(experiment, folder, *options)
 
     def counted(name, function):
         def called(*args, **options):
@@ -78,7 +72,7 @@ def done(monkeypatch):
 
         return called
 
-    monkeypatch.setattr(courses, "run", ran)
+    monkeypatch.setattr(courses, "run_quietly", ran)
     monkeypatch.setattr(courses, "measure", counted("measure", measure))
     monkeypatch.setattr(courses, "shadow_statistics", counted("shadow_statistics", shadows))
     return found
@@ -158,7 +152,7 @@ def test_it_goes_on_where_it_ended(course, copy, ended, done):
 
 
 def test_ctrl_c_keeps_what_is_finished(course, tmp_path, monkeypatch):
-    monkeypatch.setattr(courses, "run", lambda *_, **__: 130)
+    monkeypatch.setattr(courses, "run_quietly", lambda *_: 130)
     monkeypatch.setattr(courses, "_attack_all", lambda *_: pytest.fail("attacks what was not trained"))
     status, found, seen = go(course, tmp_path)
     assert (status, found) == (130, None)

@@ -26,7 +26,7 @@ from fedjax_llm.experiment.sweep import Sweep
 from fedjax_llm.federation import rounds
 from fedjax_llm.privacy.dp_fedavg import DpFedAvg
 from fedjax_llm.privacy.guarantee import Privacy
-from fedjax_llm.runs import metrics, report
+from fedjax_llm.runs import metrics
 from fedjax_llm.runs.checkpoints import finished_steps
 from fedjax_llm.training import client_update
 from fedjax_llm.training.optimizers import Optimizer
@@ -39,12 +39,7 @@ ALGORITHMS = {
 DATA = {"own sites": {}, "at random": {"data.partition": Iid(3)}}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def short_reports():
-    """Most of a tiny run's time is the drawing of its report, which no test here looks into."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "write_report", lambda folder: (folder / "report.html").write_text("short"))
-        yield
+pytestmark = pytest.mark.usefixtures("short_reports")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from fedjax_llm.errors import UserError
 from fedjax_llm.experiment import attack, attacked_run, open_model
 from fedjax_llm.experiment.course import Course, cells_of
 from fedjax_llm.experiment.open_model import OpenModel
-from fedjax_llm.runs import report
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--attacks.candidates=4", "--attacks.tokens-per-microbatch=384"]
@@ -25,13 +24,11 @@ def written(folder, body):
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
+def base(tmp_path_factory, short_reports):
     """A folder with a configuration, and the run of it."""
     folder = tmp_path_factory.mktemp("small")
     small = write_small(folder / "files")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "write_report", lambda folder: (folder / "report.html").write_text("short"))
-        assert go(config.load(small), folder / "run")[0] == 0
+    assert go(config.load(small), folder / "run")[0] == 0
     return folder
 
 
