@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from fedjax_llm.runs.figures import COLOURS, content, empty, styled
+from fedjax_llm.runs.figures import COLOURS, content, empty, label_log, styled
 
 Found = Mapping[str, Any]
 
@@ -74,6 +74,7 @@ def _by_load(panel: Axes, cases: Sequence[Found]) -> None:
         panel.plot(load, [case["ranked"] for case in own], "o", color=colour, fillstyle="none")
     panel.axvline(1.0, color="#67625a", linewidth=0.8, linestyle="--")
     panel.set(xscale="log", ylim=(-0.04, 1.04), xlabel="distinct tokens a column of the update")
+    label_log(panel.xaxis, lambda value: f"{value:g}")
     panel.set_ylabel("share of private tokens")
     panel.set_title("found in the span (dots); among the nearest (rings)", loc="left", fontsize=10)
     if cases:

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from fedjax_llm.runs.figures import COLOURS, content, empty, styled
+from fedjax_llm.runs.figures import COLOURS, content, empty, label_log, styled
 
 _MARKS = "osD^vP*X"
 Points = Sequence[tuple[float, float, float, float]]
@@ -32,6 +32,8 @@ def roc_curves(curves: Sequence[Mapping[str, Any]], labels: Sequence[str] | None
             axes.step(fpr, tpr, where="post", color=COLOURS[number % len(COLOURS)], linewidth=1.5, label=label)
         axes.plot([least, 1], [least, 1], color="#888888", linewidth=0.8, linestyle=(0, (4, 3)))
         axes.set(xscale="log", yscale="log", xlim=(least, 1), ylim=(least, 1.05))
+        for axis in (axes.xaxis, axes.yaxis):
+            label_log(axis, lambda value: f"{value:g}")
         axes.set(xlabel="false-positive rate", ylabel="true-positive rate")
         axes.legend(loc="lower right")
         return _svg(figure)
@@ -173,9 +175,9 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 def _legend(axes: Axes) -> None:
     """Above the axes, out of the data's way."""
-    handles, _ = axes.get_legend_handles_labels()
+    handles, labels = axes.get_legend_handles_labels()
     if handles:
-        columns = min(len(handles), 3)
+        columns = min(len(handles), 3 if max(map(len, labels)) < 20 else 2)
         axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=columns, borderaxespad=0.2, handletextpad=0.5)
 
 

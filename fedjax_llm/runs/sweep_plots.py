@@ -1,14 +1,13 @@
 """The curves of a sweep as SVG files: a panel for each data skew, a line for each algorithm, a band over the seeds."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
-from fedjax_llm.runs.figures import COLOURS, content, empty, styled
+from fedjax_llm.runs.figures import COLOURS, content, empty, label_log, styled
 from fedjax_llm.runs.progress import byte_size
 
 LEAST = 1e-8
@@ -129,21 +128,12 @@ def _dress(panel: Axes, data: str, along: str, across: str, label: str) -> None:
     panel.set_ylabel(label)
     if along == "aggregation_error" and panel.lines:
         panel.set_yscale("log")
-        _label_log(panel.yaxis, lambda value: f"{value:.0e}")
+        label_log(panel.yaxis, lambda value: f"{value:.0e}")
     if across == "bytes":
         panel.set_xlabel("bytes exchanged by all clients so far")
         if panel.lines:
             panel.set_xscale("log")
-            _label_log(panel.xaxis, byte_size)
+            label_log(panel.xaxis, byte_size)
     else:
         panel.set_xlabel("round")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-
-
-def _label_log(axis: Axis, show: Callable[[float], str]) -> None:
-    """Labels a log axis in plain text: its decades, and where these are fewer than two what lies between."""
-    low, high = axis.get_view_interval()
-    decades = FuncFormatter(lambda value, _: show(value))
-    between = FuncFormatter(lambda value, _: show(value) if f"{value:e}"[0] in "25" else "")
-    axis.set_major_formatter(decades)
-    axis.set_minor_formatter(between if high < 100 * low else NullFormatter())
