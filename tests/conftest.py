@@ -16,6 +16,8 @@ from fedjax_llm.assets import cache_dir
 os.environ["JAX_ENABLE_X64"] = "0"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "xla-tests"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# Eight CPU devices, which meshes need; work that names no device goes to the first of them as ever.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several workers share one GPU
 
 hypothesis.settings.register_profile("local", deadline=None)  # the first example of a shape compiles

@@ -35,7 +35,7 @@ HF_CONFIG = {
 
 @cache
 def tiny_model(
-    *, seed: int = 0, dropout: float = 0.0, remat: bool = False, **overrides: Any
+    *, seed: int = 0, dropout: float = 0.0, remat: str = "none", **overrides: Any
 ) -> tuple[CausalLM, Params]:
     """A Llama of two layers with random weights; ``overrides`` are fields of ``LlamaConfig``."""
     sizes = {"vocab_size": 97, "width": 32, "mlp_width": 48, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8}

@@ -3,8 +3,12 @@
 A client's steps must follow one another, but clients need not keep step with each other: every row carries its own
 client's adapters. So the packer fills each microbatch from whatever rows are ready, whoever they belong to; a client's
 next step becomes ready when the microbatch with the last row of its step is done.
+
+On a mesh of devices a microbatch is cut into bins, one for each device that holds rows. Every device has client slots
+of its own, and what a bin's arrays count (rows, units) is counted within it, so that no device needs another's rows.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -26,6 +30,27 @@ class Shape(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Bins:
+    """How a microbatch is cut into equal bins, one after the other.
+
+    Attributes:
+      groups: of client slots: slots [C] fall into so many equal parts, each with bins of its own.
+      each: bins of a group.
+    """
+
+    groups: int = 1
+    each: int = 1
+
+    @property
+    def count(self) -> int:
+        """Bins of a microbatch."""
+        return self.groups * self.each
+
+
+ONE_BIN = Bins()
+
+
+@dataclass(frozen=True)
 class Microbatch:
     """What the device gets at a time (NumPy here), and who has finished a step after it.
 
@@ -34,10 +59,10 @@ class Microbatch:
       client: int32 [M], the slot of the row's client; padding rows have slot 0 and no targets.
       step: int32 [M], the row's local step.
       index: int32 [M], the row's place in its step's batch.
-      unit: int32 [M], the number within the microbatch of the privacy unit that the row belongs to; padding rows have
-        the number M - 1, which no unit has where there is padding.
+      unit: int32 [M], the number within its bin of the privacy unit that the row belongs to; padding rows have the last
+        number of a bin of so many rows, which no unit has where there is padding.
       examples: what each of the first rows holds; the rest are padding.
-      target_row: int32 [K], the row of a target slot.
+      target_row: int32 [K], the row of a target slot, within its bin.
       target_position: int32 [K], the position whose hidden state predicts it.
       target_token: int32 [K].
       target_weight: f32 [K]; zero in empty slots.
@@ -83,21 +108,36 @@ class _Group(NamedTuple):
         return max(len(example.tokens) for example in self.examples)
 
 
+class _Row(NamedTuple):
+    """A row of a bin: its example, the unit's number in the bin, the unit, and the example's place in it."""
+
+    example: EncodedExample
+    number: int = 0
+    group: _Group | None = None
+    place: int = 0
+
+
 def target_count(example: EncodedExample) -> int:
     """How many of an example's tokens are predicted: all of the answer, but never the first token of all."""
     return len(example.tokens) - max(example.prompt_length, 1)
 
 
 def choose_shapes(
-    examples: Sequence[EncodedExample], *, tokens_per_microbatch: int, buckets: int, rows_of_unit: int = 1
+    examples: Sequence[EncodedExample],
+    *,
+    tokens_per_microbatch: int,
+    buckets: int,
+    rows_of_unit: int = 1,
+    bins: int = 1,
 ) -> tuple[Shape, ...]:
     """A few shapes, cut from the data's own lengths so that padding is least.
 
     Args:
       examples: those that may have to be packed; the longest of them must fit.
-      tokens_per_microbatch: M * L of every shape, about; it bounds the memory of a training step.
+      tokens_per_microbatch: M * L of every shape, about, in each bin; it bounds the memory of a training step.
       buckets: how many shapes at most. Each one is compiled once.
       rows_of_unit: how many rows must fit together, whatever the memory.
+      bins: of every microbatch.
 
     Returns:
       Shapes of increasing length. Each has target slots for somewhat more than its rows have on average.
@@ -110,7 +150,7 @@ def choose_shapes(
         inside = (lengths > shorter) & (lengths <= edge)
         rows = max(rows_of_unit, round(tokens_per_microbatch / edge))
         wanted = max(rows_of_unit * int(targets[lengths <= edge].max()), int(1.15 * rows * targets[inside].mean()))
-        shapes.append(Shape(rows, int(edge), min(_round_up(wanted, 32), rows * int(edge))))
+        shapes.append(Shape(bins * rows, int(edge), bins * min(_round_up(wanted, 32), rows * int(edge))))
         shorter = edge
     return tuple(shapes)
 
@@ -147,6 +187,7 @@ def pack(
     clients: int,
     per_token: bool = False,
     denominators: Sequence[float] | None = None,
+    bins: Bins = ONE_BIN,
 ) -> Iterator[Microbatch]:
     """Packs every example of every step of every client, each exactly once.
 
@@ -159,11 +200,12 @@ def pack(
       per_token: weigh every target token of a step alike (divide by the step's tokens), rather than every example
         alike (mean over an example's tokens, divide by the step's examples).
       denominators: what the summed gradients of each client's steps are divided by, in place of the realised batch.
+      bins: of every microbatch; shapes and slots are multiples of them.
 
     Yields:
       Microbatches, in the order in which they must be run.
     """
-    waiting: list[_Group] = []
+    waiting: list[list[_Group]] = [[] for _ in range(bins.groups)]
     left = np.zeros(clients, np.int64)  # rows of a client's open step that are not packed yet
     opened = np.zeros(clients, np.int64)  # the number of the open step
 
@@ -172,19 +214,19 @@ def pack(
             index = 0
             for unit in work[client][step] or (_NOTHING,):
                 group = _Group(client, step, index, unit if isinstance(unit, tuple) else (unit,))
-                waiting.append(group)
+                waiting[client * bins.groups // clients].append(group)
                 index += len(group.examples)
             left[client], opened[client] = max(len(work[client][step]), 1), step
 
     for client in range(len(work)):
         open_step(client, 0)
-    while waiting:
-        shape, chosen = _next_groups(waiting, shapes)
-        taken = {id(group) for group in chosen}
-        waiting = [group for group in waiting if id(group) not in taken]
-        for group in chosen:
+    while any(waiting):
+        shape, chosen = _next_groups(waiting, shapes, bins)
+        taken = {id(group) for part in chosen for group in part}
+        waiting = [[group for group in part if id(group) not in taken] for part in waiting]
+        for group in itertools.chain(*chosen):
             left[group.client] -= 1
-        done = sorted({group.client for group in chosen if left[group.client] == 0})
+        done = sorted({group.client for group in itertools.chain(*chosen) if left[group.client] == 0})
         if denominators is None:
             divide = {c: _denominator(work[c][int(opened[c])], per_token) for c in done}
         else:
@@ -201,49 +243,82 @@ def _denominator(units: Sequence[Unit], per_token: bool) -> float:
     return float(sum(target_count(one) for unit in units for one in (unit if isinstance(unit, tuple) else (unit,))))
 
 
-def _next_groups(waiting: Sequence[_Group], shapes: Sequence[Shape]) -> tuple[Shape, list[_Group]]:
-    """The shape that the waiting rows fill best, and the rows: long ones wait until there are enough of them."""
-    ordered = sorted(waiting, key=lambda group: (-group.length, group.step, group.client, group.index))
+def _next_groups(
+    waiting: Sequence[Sequence[_Group]], shapes: Sequence[Shape], bins: Bins
+) -> tuple[Shape, list[list[_Group]]]:
+    """The shape that the waiting rows fill best, and the rows of every bin: long ones wait until there are enough."""
+    ordered = [
+        sorted(part, key=lambda group: (-group.length, group.step, group.client, group.index)) for part in waiting
+    ]
 
-    def filled(option: tuple[Shape, list[_Group]]) -> float:
-        shape, groups = option
+    def filled(option: tuple[Shape, list[list[_Group]]]) -> float:
+        shape, parts = option
+        groups = itertools.chain(*parts)
         return sum(len(one.tokens) for group in groups for one in group.examples) / (shape.rows * shape.length)
 
-    shape, groups = max(((shape, _fill(ordered, shape)) for shape in shapes), key=filled)
-    assert groups, "the longest shape holds every unit"
-    return shape, groups
+    options = [(shape, [one for part in ordered for one in _fill(part, shape, bins)]) for shape in shapes]
+    shape, chosen = max(options, key=filled)
+    assert any(chosen), "the longest shape holds every unit"
+    return shape, chosen
 
 
-def _fill(ordered: Sequence[_Group], shape: Shape) -> list[_Group]:
-    """The longest waiting units that fit a shape, within its rows and its target slots."""
-    chosen, slots, rows = [], shape.targets, shape.rows
+def _fill(ordered: Sequence[_Group], shape: Shape, bins: Bins) -> list[list[_Group]]:
+    """The longest waiting units that fit a group's bins of a shape, within rows and target slots of each."""
+    chosen: list[list[_Group]] = [[] for _ in range(bins.each)]
+    slots = [shape.targets // bins.count] * bins.each
+    rows = [shape.rows // bins.count] * bins.each
     for group in ordered:
         wanted = sum(map(target_count, group.examples))
-        if len(group.examples) <= rows and group.length <= shape.length and wanted <= slots:
-            chosen.append(group)
-            slots -= wanted
-            rows -= len(group.examples)
+        for place in range(bins.each):
+            if len(group.examples) <= rows[place] and group.length <= shape.length and wanted <= slots[place]:
+                chosen[place].append(group)
+                slots[place] -= wanted
+                rows[place] -= len(group.examples)
+                break
     return chosen
 
 
 def _assemble(
-    groups: Sequence[_Group],
+    chosen: Sequence[Sequence[_Group]],
     shape: Shape,
     clients: int,
     per_token: bool,
     denominators: dict[int, float],
     steps: dict[int, int],
 ) -> Microbatch:
-    """Lays rows out as arrays."""
+    """Lays rows out as arrays, bin after bin."""
+    bins, gap = len(chosen), [_Row(_NOTHING)]
+    filled = [[_Row(one, number, group, place) for number, group in enumerate(groups)
+               for place, one in enumerate(group.examples)] for groups in chosen]  # fmt: skip
+    size = Shape(shape.rows // bins, shape.length, shape.targets // bins)
+    parts = [_lay_out(rows, size, per_token) for rows in filled]
+    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    finished, denominator = np.zeros(clients, bool), np.ones(clients, np.float32)
+    finished_step = np.zeros(clients, np.int32)
+    for c, value in denominators.items():
+        finished[c], denominator[c], finished_step[c] = True, value, steps[c]
+    spaced = [rows + gap * (size.rows - len(rows)) for rows in filled[:-1]] + filled[-1:]
+    examples = [row.example for rows in spaced for row in rows]
+    return Microbatch(
+        **arrays,
+        examples=tuple(examples),
+        finished=finished,
+        denominator=denominator,
+        finished_step=finished_step,
+        real_tokens=sum(len(example.tokens) for example in examples if example is not _NOTHING),
+    )
+
+
+def _lay_out(rows: Sequence[_Row], shape: Shape, per_token: bool) -> dict[str, np.ndarray]:
+    """The arrays of one bin."""
     tokens = np.zeros((shape.rows, shape.length), np.int32)
     client, step, index = (np.zeros(shape.rows, np.int32) for _ in range(3))
     unit = np.full(shape.rows, shape.rows - 1, np.int32)
     target_row, position, token = (np.zeros(shape.targets, np.int32) for _ in range(3))
     weight = np.zeros(shape.targets, np.float32)
-    rows = [(number, group, place) for number, group in enumerate(groups) for place in range(len(group.examples))]
     slot = 0
-    for m, (number, group, place) in enumerate(rows):
-        example = group.examples[place]
+    for m, (example, number, group, place) in enumerate(rows):
+        assert group is not None
         count = target_count(example)
         tokens[m, : len(example.tokens)] = example.tokens
         client[m], step[m], index[m], unit[m] = group.client, group.step, group.index + place, number
@@ -253,13 +328,7 @@ def _assemble(
         position[taken] = np.arange(first - 1, len(example.tokens) - 1)
         weight[taken] = 1.0 if per_token else 1.0 / (max(count, 1) * len(group.examples))
         slot += count
-    finished, denominator = np.zeros(clients, bool), np.ones(clients, np.float32)
-    finished_step = np.zeros(clients, np.int32)
-    for c, value in denominators.items():
-        finished[c], denominator[c], finished_step[c] = True, value, steps[c]
-    examples = tuple(group.examples[place] for _, group, place in rows)
-    return Microbatch(
-        tokens, client, step, index, unit, examples, target_row, position, token, weight,
-        finished, denominator, finished_step,
-        real_tokens=sum(len(example.tokens) for example in examples if example is not _NOTHING),
-    )  # fmt: skip
+    return {
+        "tokens": tokens, "client": client, "step": step, "index": index, "unit": unit, "target_row": target_row,
+        "target_position": position, "target_token": token, "target_weight": weight,
+    }  # fmt: skip

@@ -11,6 +11,8 @@ from fedjax_llm.data.packing import Shape
 from fedjax_llm.errors import UserError
 from fedjax_llm.federation.availability import Asynchronous, Availability
 from fedjax_llm.federation.clients import Client
+from fedjax_llm.mesh import MeshShape
+from fedjax_llm.models.causal_lm import Remat
 from fedjax_llm.privacy.mechanism import Mechanism
 from fedjax_llm.secure.ring import Grid
 from fedjax_llm.secure.sec_agg import Terms
@@ -75,17 +77,21 @@ class Execution:
       tokens_per_microbatch: padded tokens of a training step; bounds its memory.
       buckets: row lengths that are compiled.
       evaluation_buckets: the same for held-out evaluation, which needs no backward pass.
-      remat: recompute activations in the backward pass.
+      remat: what the backward pass computes again, to save memory: ``none``, all but the results of matrix products
+        (``matmuls``), or whole ``blocks``.
       trunk_megabytes: of host memory for the hidden states of examples below the lowest adapted layer, which are then
         computed once; 0: none are kept.
+      mesh: devices along each axis; ``tokens_per_microbatch`` then counts those of a device, ``clients_per_chunk``
+        those of all.
     """
 
     clients_per_chunk: int = 16
     tokens_per_microbatch: int = 512
     buckets: int = 3
     evaluation_buckets: int = 3
-    remat: bool = False
+    remat: Remat = "none"
     trunk_megabytes: int = 1024
+    mesh: MeshShape = MeshShape()
 
     def __post_init__(self) -> None:
         """Refuses impossible values."""

@@ -270,7 +270,7 @@ def recover_sentences(
     if not len(candidates) or not checks or not all(check.conclusive for check in checks):
         return []
     # Cut off after layer 0, with layer 1's first norm for the final one, the model gives layer 1's inputs.
-    cut = replace(model, config=replace(model.config, layers=1), dropout=0.0, remat=False)
+    cut = replace(model, config=replace(model.config, layers=1), dropout=0.0, remat="none")
     weights = params | {"layers": params["layers"][:1], "norm": params["layers"][1]["input_layernorm"]}
     lowest = {path: own for path, own in low_rank.scaled(adapters, scaling).items() if path.startswith("layers.0.")}
     options = np.asarray(candidates, np.int32)

@@ -1,17 +1,20 @@
 """A frozen causal language model: static configuration and pure functions."""
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from fedjax_llm.models import sharding
 from fedjax_llm.models.family import Family
 from fedjax_llm.types import Adapters, Params, PyTree
 
+Remat = Literal["none", "matmuls", "blocks"]
 Cache = tuple[dict[str, Array], ...]
 """One ``{"key", "value"}`` [M, S, KV, hd] a layer."""
 
@@ -24,13 +27,17 @@ class CausalLM:
       family: the functions of the model's family.
       config: the family's static configuration.
       dropout: probability with which a component of an adapter's input is dropped in training.
-      remat: recompute each block's activations in the backward pass, to save memory.
+      remat: what the backward pass computes again, to save memory: nothing; all but the results of matrix products; or
+        whole blocks.
+      gathered_over: the axis of a mesh over whose devices the weights are spread, inside of ``jax.shard_map``: each
+        layer's are gathered when they are used, forward and backward, and kept no longer (Zhao et al. 2023).
     """
 
     family: Family
     config: Any
     dropout: float = 0.0
-    remat: bool = False
+    remat: Remat = "none"
+    gathered_over: str | None = None
 
     def hidden(
         self,
@@ -62,7 +69,7 @@ class CausalLM:
         if below is not None:
             x, first = below, lowest_adapted(adapters)
         x = self._blocks(params, adapters, range(first, layers), x, terms, mask, dropout_keys)
-        return self.family.finish(self.config, params, x)
+        return self.family.finish(self.config, self.outer(params), x)
 
     def trunk(
         self, params: Params, tokens: Array, layers: int, positions: Array | None = None, mask: Array | None = None
@@ -83,7 +90,7 @@ class CausalLM:
         """
         x, terms, mask = self._enter(params, tokens, positions, mask)
         # Nothing is dropped or differentiated: a model with dropout shares the programs of one without.
-        plain = replace(self, dropout=0.0, remat=False)
+        plain = replace(self, dropout=0.0, remat="none")
         return plain._blocks(params, {}, range(layers), x, terms, mask, None)
 
     def _enter(self, params: Params, tokens: Array, positions: Array | None, mask: Array | None) -> tuple:
@@ -91,7 +98,8 @@ class CausalLM:
         every = jnp.arange(tokens.shape[1])
         if mask is None:
             mask = visible(every, every, self.config.window)[None]
-        x, terms = self.family.embed(self.config, params, tokens, every if positions is None else positions)
+        outer = self.outer(params)
+        x, terms = self.family.embed(self.config, outer, tokens, every if positions is None else positions)
         return x, terms, mask
 
     def _blocks(
@@ -106,12 +114,38 @@ class CausalLM:
     ) -> Array:
         """Runs the blocks of ``layers``, without a cache."""
         block = self.family.block(self.config, self.dropout)
-        apply = jax.checkpoint(_apply_block, static_argnums=0) if self.remat else _apply_block
+        apply = self._applied()
         for layer in layers:
             keys = None if dropout_keys is None else jax.vmap(jax.random.fold_in, (0, None))(dropout_keys, layer)
             variables = {"params": params["layers"][layer], "lora": layer_adapters(adapters, layer)}
             x, _ = apply(block, variables, x, terms, mask, None, None, keys)
         return x
+
+    def _applied(self) -> Callable[..., tuple[Array, PyTree]]:
+        """How a block is run: what of it the backward pass finds, and where its weights come from."""
+        if self.gathered_over is None and self.remat == "none":
+            return _apply_block
+        kept = jax.checkpoint_policies
+        policies = {
+            "none": kept.save_anything_except_these_names(sharding.GATHERED),
+            "matmuls": kept.dots_with_no_batch_dims_saveable,
+            "blocks": kept.nothing_saveable,
+        }
+        return jax.checkpoint(self._apply_gathered, static_argnums=0, policy=policies[self.remat])
+
+    def _apply_gathered(self, block: nn.Module, variables: PyTree, *rest: Any) -> tuple[Array, PyTree]:
+        """One layer, whose weights are brought together first where they are spread."""
+        if self.gathered_over is not None:
+            weights = sharding.gather(self.family, self.config, variables["params"], self.gathered_over, of_layer=True)
+            variables = {**variables, "params": weights}
+        return _apply_block(block, variables, *rest)
+
+    def outer(self, params: Params) -> Params:
+        """The weights outside of layers, all of each where they are spread."""
+        outer = {name: leaf for name, leaf in params.items() if name != "layers"}
+        if self.gathered_over is None:
+            return outer
+        return sharding.gather(self.family, self.config, outer, self.gathered_over, of_layer=False)
 
     def logits(self, params: Params, hidden: Array) -> Array:
         """[K, D] -> [K, V] in f32."""

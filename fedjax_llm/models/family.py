@@ -63,12 +63,15 @@ class Weight(NamedTuple):
       path: where it goes in the parameter tree, or within its layer's tree.
       shape: in the Hugging Face layout.
       transpose: whether the file's [out, in] becomes our [in, out].
+      split: the axis of our layout that tensor parallelism cuts (Shoeybi et al. 2019): the outputs of what is followed
+        by a function of each component, the inputs of what sums them up again. ``None``: every device has all of it.
     """
 
     name: str
     path: tuple[str, ...]
     shape: tuple[int, ...]
     transpose: bool = False
+    split: int | None = None
 
 
 class Family(NamedTuple):

@@ -230,15 +230,16 @@ def projections(config: LlamaConfig) -> dict[str, tuple[int, int]]:
 def weights(config: LlamaConfig) -> Sequence[Weight]:
     """The weight table: the Hugging Face names, with our tree mirroring them."""
     table = [
-        Weight("model.embed_tokens.weight", ("embed_tokens", "embedding"), (config.vocab_size, config.width)),
+        Weight("model.embed_tokens.weight", ("embed_tokens", "embedding"), (config.vocab_size, config.width), split=0),
         Weight("model.norm.weight", ("norm", "scale"), (config.width,)),
     ]
     if not config.tied:
-        table.append(Weight("lm_head.weight", ("lm_head", "embedding"), (config.vocab_size, config.width)))
+        table.append(Weight("lm_head.weight", ("lm_head", "embedding"), (config.vocab_size, config.width), split=0))
     for module, (fan_in, fan_out) in projections(config).items():
         name, path = f"model.layers.{{layer}}.{module}", tuple(module.split("."))
-        table.append(Weight(f"{name}.weight", (*path, "kernel"), (fan_out, fan_in), transpose=True))
         leaf = path[-1]
+        split = 0 if leaf in ("o_proj", "down_proj") else 1
+        table.append(Weight(f"{name}.weight", (*path, "kernel"), (fan_out, fan_in), transpose=True, split=split))
         if leaf == "o_proj":
             biased = config.output_bias
         else:

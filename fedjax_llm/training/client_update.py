@@ -6,7 +6,7 @@ privacy each unit's gradient is clipped on its way into the sum, and noise may b
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -15,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.sharding import Mesh, PartitionSpec
 
 from fedjax_llm import lora as low_rank
+from fedjax_llm import mesh as meshes
 from fedjax_llm import trees
 from fedjax_llm.data.packing import Microbatch
 from fedjax_llm.errors import UserError
@@ -100,6 +102,7 @@ class Trainer(NamedTuple):
         independent noise.
       correct: ``correct(gradient, adapters, local) -> gradient`` changes a client's mean gradient of a step
         (``ClientRule.gradient``); ``None``: it stays.
+      mesh: of devices, over which the clients and the weights are spread; ``None``: one device.
     """
 
     model: CausalLM
@@ -111,6 +114,7 @@ class Trainer(NamedTuple):
     noisy: bool = False
     mix: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]] | None = None
     correct: Callable[[PyTree, PyTree, Local], PyTree] | None = None
+    mesh: Mesh | None = None
 
 
 class Secrets(NamedTuple):
@@ -161,7 +165,7 @@ def run(
       trainer: the static half.
       params: the frozen weights.
       state: from :func:`start`.
-      microbatches: from ``data.packing.pack``.
+      microbatches: from ``data.packing.pack``, in as many bins as the mesh has places for rows.
       client_keys: typed keys [C] of this round.
       learning_rates: [C, S] factors of the base learning rate, for every client and local step.
       frozen: factors that are not trained, leaves [...].
@@ -224,18 +228,20 @@ def accumulate(
     live: Mapping[str, Array] | None = None,
 ) -> LocalState:
     """Adds the (clipped) gradients and the losses of a microbatch to its clients' sums."""
-    sums = (state.gradients, state.loss)
-    static = (trainer.model, trainer.scaling, trainer.clip, trainer.grouped)
+    sums, mesh = (state.gradients, state.loss), trainer.mesh
+    static = (trainer.model, trainer.scaling, trainer.clip, trainer.grouped, mesh)
+    rows = meshes.place(mesh, rows, meshes.ROWS)
     gradients, loss = _accumulate(*static, params, state.adapters, frozen or {}, sums, rows, client_keys, live)
     return state._replace(gradients=gradients, loss=loss)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _accumulate(
     model: CausalLM,
     scaling: float,
     clip: Clip | None,
     grouped: bool,
+    mesh: Mesh | None,
     params: Params,
     adapters: PyTree,
     frozen: PyTree,
@@ -245,6 +251,31 @@ def _accumulate(
     live: PyTree = None,
 ) -> PyTree:
     """The new sums of (gradients, losses). It knows no optimiser, so that another one compiles no new backward pass."""
+    if mesh is None:
+        added = _summed(model, scaling, clip, grouped, params, adapters, frozen, rows, client_keys, live)
+    else:
+        added = _summed_on(mesh, model, scaling, clip, grouped, params, adapters, frozen, rows, client_keys, live)
+    return jax.tree.map(jnp.add, sums, added)
+
+
+def _summed_on(mesh, model, scaling, clip, grouped, params, adapters, frozen, rows, client_keys, live) -> PyTree:
+    """:func:`_summed`, by each device for the rows of its bin; what travels are weights, and sums of its group."""
+    spread, everywhere = mesh.shape["fsdp"] > 1, PartitionSpec()
+
+    def one_device(params, adapters, frozen, rows, client_keys, live):
+        rows = rows._replace(client=rows.client % client_keys.shape[0])  # slots of this group, in equal parts
+        own = replace(model, gathered_over="fsdp" if spread else None)
+        summed = _summed(own, scaling, clip, grouped, params, adapters, frozen, rows, client_keys, live)
+        return jax.lax.psum(summed, "fsdp") if spread else summed
+
+    specs = (meshes.manual_specs(model, mesh), meshes.CLIENTS, everywhere, meshes.ROWS, meshes.CLIENTS, everywhere)
+    axes = {"axis_names": {"clients", "fsdp"}, "check_vma": False}
+    mapped = jax.shard_map(one_device, mesh=mesh, in_specs=specs, out_specs=meshes.CLIENTS, **axes)
+    return mapped(params, adapters, frozen, rows, client_keys, live)
+
+
+def _summed(model, scaling, clip, grouped, params, adapters, frozen, rows, client_keys, live) -> PyTree:
+    """What a microbatch adds to its clients' sums of (gradients, losses), leaves [C, ...]."""
     losses, gradients = example_gradients(model, scaling, params, adapters, rows, client_keys, frozen)
     clients, owner = client_keys.shape[0], rows.client
     if live is not None:  # before clipping: what is not trained takes no room under the clip norm
@@ -255,8 +286,7 @@ def _accumulate(
             owner = jax.ops.segment_max(rows.client, rows.unit, rows.unit.shape[0])
             owner = jnp.clip(owner, 0)  # numbers without rows: their sums are zero
         gradients = clip_units(gradients, clip)
-    summed = (trees.segment_sum(gradients, owner, clients), trees.segment_sum(losses, rows.client, clients))
-    return jax.tree.map(jnp.add, sums, summed)
+    return trees.segment_sum(gradients, owner, clients), trees.segment_sum(losses, rows.client, clients)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -124,7 +124,8 @@ def test_given_positions_and_mask_replace_the_causal_ones():
     assert not np.allclose(run(model, params, {}, tokens, 2 * np.arange(LENGTH)), plain, atol=1e-3)
 
 
-def test_recomputing_activations_changes_no_gradient():
+@pytest.mark.parametrize("remat", ["matmuls", "blocks"])
+def test_recomputing_activations_changes_no_gradient(remat):
     tokens = some_tokens()
 
     def gradient(remat):
@@ -132,7 +133,7 @@ def test_recomputing_activations_changes_no_gradient():
         adapters = tiny_adapters(model, targets=("q_proj",))
         return jax.jit(jax.grad(lambda a: jnp.sum(jnp.sin(model.hidden(params, a, tokens)))))(adapters)
 
-    for left, right in zip(jax.tree.leaves(gradient(False)), jax.tree.leaves(gradient(True)), strict=True):
+    for left, right in zip(jax.tree.leaves(gradient("none")), jax.tree.leaves(gradient(remat)), strict=True):
         np.testing.assert_allclose(left, right, rtol=0, atol=1e-5 * np.abs(right).max())
 
 

@@ -1,0 +1,84 @@
+"""Which axis of every weight is cut where a model is spread over devices, and how its parts come together again.
+
+Two axes of a mesh hold weights. Over ``fsdp`` they are merely kept in parts, and gathered when they are used (fully
+sharded data parallelism: Zhao et al. 2023, arXiv 2304.11277). Over ``tensor`` the products themselves are cut (Shoeybi
+et al. 2019, arXiv 1909.08053), as a family's weight table says. Vectors are small: every device has all of them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+
+from fedjax_llm.models.family import Family, Weight
+from fedjax_llm.types import Params, PyTree
+
+GATHERED = "gathered weights"
+"""The name under which remat policies find gathered weights, which nobody may keep."""
+
+
+def specs(family: Family, config: Any, tensor: int) -> PyTree:
+    """A ``PartitionSpec`` over the axes ``fsdp`` and ``tensor`` for each weight, in a tree like the parameters.
+
+    Args:
+      family: of the model.
+      config: of the model.
+      tensor: devices along that axis. A vocabulary that they do not divide is not cut.
+    """
+    return _tree(family, config, lambda weight: _spec(weight, tensor))
+
+
+def gather(family: Family, config: Any, params: Params, axis: str, *, of_layer: bool) -> Params:
+    """All of weights of which every device holds a part, inside of ``jax.shard_map``.
+
+    Args:
+      family: of the model.
+      config: of the model.
+      params: its parts of the weights.
+      axis: of the mesh over which they are spread.
+      of_layer: whether ``params`` are those of a layer, or those outside of layers.
+    """
+    axes = _tree(family, config, fsdp_axis)
+    axes = axes["layers"][0] if of_layer else {name: axes[name] for name in params}
+
+    def whole(part: jax.Array, cut: int) -> jax.Array:
+        if cut < 0:
+            return part
+        return checkpoint_name(jax.lax.all_gather(part, axis, axis=cut, tiled=True), GATHERED)
+
+    return jax.tree.map(whole, params, axes)
+
+
+def fsdp_axis(weight: Weight) -> int:
+    """The axis of a weight that is cut over ``fsdp``: of a matrix, the one that ``tensor`` does not cut; else -1."""
+    if len(weight.shape) < 2:
+        return -1
+    return 0 if weight.split is None else 1 - weight.split
+
+
+def size_of(weight: Weight) -> tuple[int, ...]:
+    """The shape of a weight in our layout."""
+    return weight.shape[::-1] if weight.transpose else weight.shape
+
+
+def _spec(weight: Weight, tensor: int) -> PartitionSpec:
+    """Where the parts of a weight lie."""
+    cuts: list[str | None] = [None] * len(weight.shape)
+    if (axis := fsdp_axis(weight)) >= 0:
+        cuts[axis] = "fsdp"
+    if weight.split is not None and not size_of(weight)[weight.split] % tensor:
+        cuts[weight.split] = "tensor"
+    return PartitionSpec(*cuts)
+
+
+def _tree(family: Family, config: Any, of: Callable[[Weight], Any]) -> PyTree:
+    """A function of every weight, in a tree like the parameters."""
+    tree: dict[str, Any] = {"layers": tuple({} for _ in range(config.layers))}
+    for weight in family.weights(config):
+        for place in tree["layers"] if "{layer}" in weight.name else (tree,):
+            for key in weight.path[:-1]:
+                place = place.setdefault(key, {})
+            place[weight.path[-1]] = of(weight)
+    return tree
