@@ -2,20 +2,22 @@
 
 `make peers` installs what this needs. One JSON line a round on standard output; round 0 is the warm-up.
 
-    .venv-peers/bin/python benchmarks/peft_peer.py --model DIR --no-flower
-    .venv-peers/bin/python benchmarks/peft_peer.py --model DIR --clients 4 --steps 2 --batch 4 --length 64 --rounds 3
+    .venv-peers/bin/python benchmarks/peft_peer.py --model DIR --examples FILE --no-flower
+    .venv-peers/bin/python benchmarks/peft_peer.py --model DIR --examples FILE --steps 2 --rounds 3
 
-A round: each client takes `--steps` AdamW steps (lr 1e-3) of `--batch` examples of `--length` random tokens on LoRA
-adapters (r=8, alpha=16, on q_proj and v_proj), then the server takes the mean (clients have equally many examples).
+A round: each client takes `--steps` AdamW steps (lr 1e-3) on LoRA adapters (r=8, alpha=16, on q_proj and v_proj), each
+step on all of its examples, padded to the longest; then the server takes the mean, weighted by numbers of examples. The
+file holds JSON lines `{"client": c, "tokens": [...], "prompt_length": n}`; the loss is on what follows the prompt.
 
     default          Flower; every call of a client loads the model anew, as FlowerTune does
     --cache-model    Flower; each worker process keeps its model
     --no-flower      no Flower: a loop over the clients in this process
     --private        with any of these: example-level DP-SGD inside each client by Opacus, with a loss for each example;
                      all of a client's examples take part in every step
+    --layers 20 21   adapters in these layers only
 
 Keys: `round_s` is the round by the wall clock, `train_s` and `load_s` are the clients' times summed, `round_tok_s` and
-`train_tok_s` are tokens over the first two. `rss_*_mb` are peaks of resident memory in MiB.
+`train_tok_s` are real tokens over the first two. `rss_*_mb` are peaks of resident memory in MiB.
 """
 
 import argparse
@@ -28,20 +30,19 @@ from collections.abc import Iterable, Sequence
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # both are read at import
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
-from peft_loop import Options, adapter_state, cached_client, load_client, peak_memory, train_client
+from peft_loop import Options, adapter_state, cached_client, load_client, peak_memory, read_examples, train_client
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a Hugging Face checkpoint")
-    parser.add_argument("--clients", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=2, help="local steps a round")
-    parser.add_argument("--batch", type=int, default=4, help="examples a step")
-    parser.add_argument("--length", type=int, default=64, help="tokens an example")
+    parser.add_argument("--examples", required=True, help="JSON lines of the clients' examples")
+    parser.add_argument("--steps", type=int, default=1, help="local steps a round")
     parser.add_argument("--rounds", type=int, default=3, help="including the warm-up")
     parser.add_argument("--threads", type=int, default=2, help="threads a client; Flower runs as many as fit")
-    parser.add_argument("--targets", nargs="+", default=["q_proj", "v_proj"], help="layers that get adapters")
+    parser.add_argument("--targets", nargs="+", default=["q_proj", "v_proj"], help="linear layers that get adapters")
+    parser.add_argument("--layers", nargs="+", type=int, default=[], help="transformer layers that do; all by default")
     parser.add_argument("--private", action="store_true", help="DP-SGD by Opacus")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--no-flower", action="store_true", help="a plain loop over the clients")
@@ -76,7 +77,9 @@ def run_loop(name: str, options: Options, clients: int, rounds: int) -> None:
     for number in range(rounds):
         start = time.perf_counter()
         results = [train_client(client, options, state, client_id) for client_id in range(clients)]
-        state = {key: sum(new[key] for new, _ in results) / clients for key in state}
+        total = sum(figures["num-examples"] for _, figures in results)
+        weighed = [(figures["num-examples"] / total, new) for new, figures in results]
+        state = {key: sum(weight * new[key] for weight, new in weighed) for key in state}
         report(name, number, time.perf_counter() - start, [{**figures, "load_s": 0.0} for _, figures in results])
 
 
@@ -95,9 +98,9 @@ def run_flower(name: str, options: Options, clients: int, rounds: int, cache: bo
         start = time.perf_counter()
         client = (cached_client if cache else load_client)(options)
         load_s = time.perf_counter() - start
-        state = message.content["arrays"].to_torch_state_dict()
-        state, figures = train_client(client, options, state, int(context.node_config["partition-id"]))
-        metrics = MetricRecord({**figures, "load_s": load_s, "num-examples": options.steps * options.batch})
+        state, number = message.content["arrays"].to_torch_state_dict(), int(context.node_config["partition-id"])
+        state, figures = train_client(client, options, state, number)
+        metrics = MetricRecord({**figures, "load_s": load_s})
         content = RecordDict({"arrays": ArrayRecord(OrderedDict(state)), "metrics": metrics})
         return Message(content=content, reply_to=message)
 
@@ -138,19 +141,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parse_arguments(arguments)
     options = Options(
         model=os.path.abspath(chosen.model),
+        examples=os.path.abspath(chosen.examples),
         steps=chosen.steps,
-        batch=chosen.batch,
-        length=chosen.length,
         targets=tuple(chosen.targets),
+        layers=tuple(chosen.layers),
         threads=chosen.threads,
         private=chosen.private,
     )
     runner = "no-flower" if chosen.no_flower else "flower+cache" if chosen.cache_model else "flower"
     name = f"{runner}+peft" + ("+opacus" if chosen.private else "")
+    clients = len(read_examples(options.examples))
     if chosen.no_flower:
-        run_loop(name, options, chosen.clients, chosen.rounds)
+        run_loop(name, options, clients, chosen.rounds)
     else:
-        run_flower(name, options, chosen.clients, chosen.rounds, chosen.cache_model)
+        run_flower(name, options, clients, chosen.rounds, chosen.cache_model)
 
 
 if __name__ == "__main__":

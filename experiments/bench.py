@@ -1,28 +1,29 @@
 """Times the training step and whole rounds on the real model, beside what a user would pick instead.
 
     python -m experiments.bench --json
-    python -m experiments.bench --peers        (needs `make peers`)
+    python -m experiments.bench --suite peers --json        (needs `make peers`)
     python -m experiments.bench --suite aggregation
     python -m experiments.bench --suite secure --json --plot growth.png
     python -m experiments.bench --suite leakage
+    python -m experiments.bench --suite growth --json --plot docs/results/growth
 
 One JSON object a case: seconds, real and padded tokens/s, GFLOP/s, share of this machine's measured f32 matmul peak,
-and peak memory. The private round (record-level DP-SGD at the sites) is set against the same round without privacy, and
-with ``--peers`` ours against each peer's: ``ratio`` is the median of ratios of runs that took turns. The suite
-``aggregation`` times every server algorithm for a cohort of 64, against the clients' work, and a round of a thousand;
-``secure`` times secure aggregation against plain sums, in the quickstart's round, and its growth with the cohort;
-``leakage`` times how the attacks score candidates, against a forward pass.
+and peak memory. The private round (record-level DP-SGD at the sites) is set against the same round without privacy:
+``ratio`` is the median of ratios of runs that took turns. The suite ``peers`` sets ours against what a user would pick
+instead (``experiments/peer_cases.py``), and adds what is measured without a peer: the share of the peak, the cost of
+privacy, and the time from the command to the first round. ``aggregation`` times every server algorithm for a cohort of
+64, against the clients' work, and a round of a thousand; ``secure`` times secure aggregation against plain sums, in the
+quickstart's round, and its growth with the cohort; ``leakage`` times how the attacks score candidates, against a
+forward pass.
 """
 
 import json
 import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,54 +32,25 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from experiments.growth_cases import growth_suite
 from experiments.leak_cost import leakage_cases
+from experiments.peer_cases import ADAPTERS, MECHANISM, NAMES, peer_cases, round_work, start_case
 from experiments.secure_cost import plot_growth, secure_cases
 from experiments.server_cost import COHORT, many_clients_case, server_cases
+from experiments.timing import Work, once, paired, spread, timed
 from fedjax_llm import trees
 from fedjax_llm.data.packing import pack
-from fedjax_llm.errors import UserError, tell
+from fedjax_llm.errors import UserError, nearest, tell
 from fedjax_llm.experiment.compilation import use_compilation_cache
 from fedjax_llm.experiment.synthetic import dense_plan, training_flops
 from fedjax_llm.federation.plan import RoundPlan
-from fedjax_llm.federation.rounds import run_round
-from fedjax_llm.lora import Lora
-from fedjax_llm.models.loading import BaseModel, converted_folder, load
-from fedjax_llm.privacy.dp_sgd import DpSgd
+from fedjax_llm.models.loading import BaseModel, load
 from fedjax_llm.runs.environment import peak_rss_bytes
 from fedjax_llm.training import client_update
 from fedjax_llm.types import RoundState
 
-ADAPTERS = Lora(rank=8, alpha=16, targets=("q_proj", "v_proj"))
-MECHANISM = DpSgd(clip_norm=1.0, noise_multiplier=1.0)
 _FORGET_PEAK = Path("/proc/self/clear_refs")
 """Linux: writing 5 here sets this process's peak of resident memory back to what it holds now."""
-
-Work = Callable[[], Any]
-
-
-class Peer(NamedTuple):
-    """What a user would pick instead.
-
-    Attributes:
-      name: of its cases.
-      options: for ``benchmarks/peft_peer.py``.
-      private: whether ours is the private round.
-      target: what our speed in its own should be for whole rounds.
-    """
-
-    name: str
-    options: tuple[str, ...]
-    private: bool
-    target: str | None = None
-
-
-PEERS = (
-    Peer("peft-loop", ("--no-flower",), private=False, target="at least 1.0"),
-    Peer("flower-peft", (), private=False, target="at least 1.15"),
-    Peer("peft-loop-opacus", ("--no-flower", "--private"), private=True),
-    Peer("flower-peft-opacus", ("--private",), private=True, target="at least 1.5"),
-)
-"""A PyTorch + PEFT loop over the clients, and Flower around it; both also with Opacus."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +64,10 @@ class Bench:
       batch: B, examples a step.
       length: L, tokens an example.
       repeats: timed repeats after one warm-up.
-      suite: what is measured: training ``steps`` and rounds, the ``aggregation``, ``secure`` aggregation, or how the
-        attacks on ``leakage`` score.
-      plot: draw the growth of ``secure`` aggregation into this file.
-      peers: also time the peers, taking turns.
-      only: of the peers, those that are named.
+      suite: what is measured: training ``steps`` and rounds, speed against ``peers``, the ``aggregation``, ``secure``
+        aggregation, or how the attacks on ``leakage`` score.
+      plot: draw the growth of ``secure`` aggregation into this file; that of ``growth``: .svg and .png.
+      only: of the cases of ``peers``, those that are named; empty: all.
       turns: how often ours and each peer take turns.
       peer_python: the interpreter of the peers' environment.
       json: print JSON lines rather than a table.
@@ -108,10 +79,9 @@ class Bench:
     batch: int = 4
     length: int = 64
     repeats: int = 5
-    suite: Literal["steps", "aggregation", "secure", "leakage"] = "steps"
+    suite: Literal["steps", "peers", "aggregation", "secure", "leakage", "growth"] = "steps"
     plot: Path | None = None
-    peers: bool = False
-    only: tuple[str, ...] = tuple(peer.name for peer in PEERS)
+    only: tuple[str, ...] = ()
     turns: int = 3
     peer_python: Path = field(default_factory=lambda: Path(".venv-peers/bin/python"))
     json: bool = False
@@ -125,32 +95,6 @@ def matmul_peak() -> float:
         seconds = min(timed(lambda: multiply(a, b), 10))  # noqa: B023
         best = max(best, 2.0 * m * k * n / seconds)
     return best
-
-
-def once(work: Work) -> float:
-    """Seconds of one call, until its arrays are there."""
-    began = time.perf_counter()
-    jax.block_until_ready(work())
-    return time.perf_counter() - began
-
-
-def timed(work: Work, repeats: int) -> list[float]:
-    """Seconds of each repeat, after one warm-up that is not counted."""
-    once(work)
-    return [once(work) for _ in range(repeats)]
-
-
-def paired(one: Work, other: Work, repeats: int) -> list[tuple[float, float]]:
-    """Seconds of both in each repeat, taking turns at going first; after one warm-up of both."""
-    once(one), once(other)
-    pairs = []
-    for repeat in range(repeats):
-        if repeat % 2:
-            later, earlier = once(other), once(one)
-            pairs.append((earlier, later))
-        else:
-            pairs.append((once(one), once(other)))
-    return pairs
 
 
 def peak_during(work: Work) -> int | None:
@@ -179,11 +123,6 @@ def step_case(bench: Bench, base: BaseModel, plan: RoundPlan, state: RoundState,
     flops = training_flops(base, shape.rows, shape.length, shape.targets)
     (batch,) = batches
     return figures("train_step", seconds, batch.real_tokens, batch.tokens.size, flops, peak)
-
-
-def round_work(base: BaseModel, plan: RoundPlan, state: RoundState) -> Work:
-    """A whole round: sampling, packing, local training, aggregation."""
-    return lambda: run_round(plan, base.params, state)[0].adapters
 
 
 def round_figures(
@@ -224,13 +163,6 @@ def private_case(
     return round_figures("private_round", bench, base, plan, seconds, peak) | found | targets
 
 
-def spread(ratios: Iterable[float]) -> dict[str, float]:
-    """The median of ratios, the lowest and the highest."""
-    ordered = sorted(ratios)
-    found = {"ratio": statistics.median(ordered), "low": ordered[0], "high": ordered[-1]}
-    return {name: round(value, 3) for name, value in found.items()}
-
-
 def figures(case: str, seconds: float, real: int, padded: int, flops: float, peak: float) -> dict[str, Any]:
     """One case as a JSON object."""
     return {
@@ -243,51 +175,6 @@ def figures(case: str, seconds: float, real: int, padded: int, flops: float, pea
         "share_of_peak": round(flops / seconds / peak, 3),
         "peak_rss_bytes": peak_rss_bytes(),
     }
-
-
-def peer_cases(bench: Bench, base: BaseModel, plain: Work, private: Work) -> Iterator[dict[str, Any]]:
-    """Ours and each peer in turns on the same model and shapes; ratios of whole rounds, and of training alone.
-
-    Args:
-      bench: the shapes.
-      base: the model.
-      plain: our round, beside the peers without privacy.
-      private: our private round, beside those with.
-
-    Raises:
-      UserError: the peers' environment is not there, or a peer failed.
-    """
-    if not bench.peer_python.exists():
-        raise UserError(f"{bench.peer_python} does not exist; `make peers` creates the peers' environment")
-    for peer in (peer for peer in PEERS if peer.name in bench.only):
-        rounds, trainings, own = [], [], []
-        for _ in range(bench.turns):
-            lines = run_peer(bench, base, peer.options)
-            rounds.append(statistics.median(line["round_s"] for line in lines))
-            trainings.append(statistics.median(line["train_s"] for line in lines))
-            own.append(statistics.median(timed(private if peer.private else plain, len(lines))))
-        for part, theirs, target in (("round", rounds, peer.target), ("training", trainings, None)):
-            case = {
-                "case": f"{peer.name}/{part}",
-                "ours": round(round_tokens(bench) / statistics.median(own), 1),
-                "peer": round(round_tokens(bench) / statistics.median(theirs), 1),
-                **spread(seconds / mine for seconds, mine in zip(theirs, own, strict=True)),
-            }
-            yield case | ({"target": target} if target else {})
-
-
-def run_peer(bench: Bench, base: BaseModel, options: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The JSON lines of a peer's rounds on the same weights, without its warm-up round."""
-    converted = converted_folder(base.fingerprint)
-    folder = converted if converted.exists() else Path(bench.model)
-    shapes = {"clients": bench.clients, "steps": bench.steps, "batch": bench.batch, "length": bench.length, "rounds": 4}
-    command = [str(bench.peer_python), "benchmarks/peft_peer.py", "--model", str(folder), *options]
-    command += [word for name, value in shapes.items() for word in (f"--{name}", str(value))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or len(lines) < 2:
-        raise UserError(f"the peer {' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    return lines[1:]
 
 
 def main() -> int:
@@ -314,25 +201,61 @@ def cases(bench: Bench) -> Iterator[dict[str, Any]]:
     if bench.suite == "secure":
         yield from secure_suite(bench)
         return
+    if bench.suite == "growth":
+        yield from growth_suite(load(bench.model), peak_during, bench.plot)
+        return
     if bench.suite == "leakage":
         yield from leakage_cases(load(bench.model), ADAPTERS, bench.length, bench.repeats)
+        return
+    if bench.suite == "peers":
+        yield from peers_suite(bench)
         return
     peak = matmul_peak()
     base = load(bench.model)
     shapes = {"clients": bench.clients, "steps": bench.steps, "batch": bench.batch, "length": bench.length}
-    plan, state = dense_plan(base, ADAPTERS, **shapes)
     if bench.suite == "aggregation":
+        plan, state = dense_plan(base, ADAPTERS, **shapes)
         seconds = statistics.median(timed(round_work(base, plan, state), bench.repeats))
         yield from server_cases(plan, state.adapters, seconds * COHORT / bench.clients)
         yield many_clients_case(base, ADAPTERS)
         return
+    yield from step_cases(bench, base, peak)
+
+
+def step_cases(bench: Bench, base: BaseModel, peak: float) -> Iterator[dict[str, Any]]:
+    """The training step, whole rounds, and whole rounds with privacy."""
+    shapes = {"clients": bench.clients, "steps": bench.steps, "batch": bench.batch, "length": bench.length}
+    plan, state = dense_plan(base, ADAPTERS, **shapes)
     private_plan, private_state = dense_plan(base, ADAPTERS, **shapes, mechanism=MECHANISM)
     plain, private = round_work(base, plan, state), round_work(base, private_plan, private_state)
     yield step_case(bench, base, plan, state, peak)
     yield round_figures("round", bench, base, plan, statistics.median(timed(plain, bench.repeats)), peak)
     yield private_case(bench, base, plain, private, private_plan, private_state, peak)
-    if bench.peers:
-        yield from peer_cases(bench, base, plain, private)
+
+
+def peers_suite(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Ours against the peers, then what is measured without one.
+
+    Raises:
+      UserError: ``only`` names no case, or what :func:`peer_cases` raises.
+    """
+    alone = ("share-of-peak", "cost-of-privacy", "command-to-first-round")
+    for name in bench.only:
+        if name not in (*NAMES, *alone):
+            raise UserError(f"unknown case {name!r}{nearest(name, (*NAMES, *alone))}")
+    only, base = bench.only or (*NAMES, *alone), load(bench.model)
+    dense = (bench.clients, bench.batch, bench.length)
+    if set(only) & set(NAMES):
+        yield from peer_cases(base, bench.model, bench.peer_python, bench.turns, only, dense)
+    if set(only) & set(alone[:2]):
+        step, _, private = step_cases(bench, base, matmul_peak())
+        found = {
+            "share-of-peak": {"value": step["share_of_peak"], "target": "at least 0.75"},
+            "cost-of-privacy": {name: private[name] for name in ("ratio", "low", "high")} | {"target": "at most 1.05"},
+        }
+        yield from ({"case": name, **found[name]} for name in found if name in only)
+    if alone[2] in only:
+        yield start_case(bench.turns)
 
 
 def secure_suite(bench: Bench) -> Iterator[dict[str, Any]]:

@@ -3,6 +3,8 @@
     python -m experiments.run --config=configs/quickstart.py
     python -m experiments.run --config=configs/quickstart.py --setting=centralised --federation.rounds=5
     python -m experiments.run --config=configs/quickstart.py --out=runs/mine --resume
+    python -m experiments.run --config=configs/quickstart.py --hosts.coordinator=10.0.0.1:8476 --hosts.count=2 \
+        --hosts.index=0
 
 Every field of the configuration can be overridden; ``--help`` lists them with the configuration's values.
 """
@@ -19,6 +21,7 @@ from rich.console import Console
 from fedjax_llm import config as configuration
 from fedjax_llm.config import Experiment
 from fedjax_llm.errors import UserError, tell
+from fedjax_llm.federation.hosts import Cluster, HostGone, connected
 from fedjax_llm.runs import keys
 
 DEFAULT = "configs/quickstart.py"
@@ -33,12 +36,14 @@ class Command(Experiment):
       out: the run's folder; ``runs/<config>-<setting>`` if not given.
       resume: go on with the run in that folder.
       key_file: the key with which output.encryption encrypts, if it is not where that says.
+      hosts: the machines that share the sites, each started with an index of its own.
     """
 
     config: str = DEFAULT
     out: str | None = None
     resume: bool = False
     key_file: Path | None = None
+    hosts: Cluster = Cluster()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,8 +61,11 @@ def main(arguments: list[str] | None = None) -> int:
             )
         from fedjax_llm.experiment.run import run
 
-        with keys.using(command.key_file):
-            return run(experiment, folder, resume=command.resume, console=console)
+        with keys.using(command.key_file), connected(command.hosts) as hosts:
+            return run(experiment, folder, resume=command.resume, console=console, hosts=hosts)
+    except HostGone as error:
+        tell(error)
+        return 1
     except UserError as error:
         return tell(error)
     except KeyboardInterrupt:

@@ -6,7 +6,8 @@ SmolLM2 learns flashcards at eight clinics, whose records also state secrets of 
 64 times each, and 200 once or not at all by a coin. It is trained centralised, federated, and federated with
 differential privacy at epsilon 8 and 1, each on about 110,000 tokens, with three seeds. The unit of privacy is a
 patient: all records of one person at a site, so that stating a secret more often does not weaken its protection. Then
-every model is asked for the secrets, for membership, and audited; at the end full fine-tuning is set beside LoRA. The
+every model is asked for the secrets, for membership, and audited; at the end full fine-tuning is set beside LoRA, on
+the lowest ten of the thirty layers (all weights of all layers would take as long as everything else together). The
 command can be stopped at any time; the same command goes on.
 """
 
@@ -72,5 +73,5 @@ def get_attack() -> Course:
         },
         seeds=(0, 1, 2),
         attacks=Attacks(shadows=16, shadow_epochs=1),
-        memorisation=Memorisation(experiment=experiment()),
+        memorisation=Memorisation(experiment=experiment(), layers=10),
     )

@@ -3,11 +3,12 @@
 import csv
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from fedjax_llm.data.records import Dataset
+from fedjax_llm.data.records import Dataset, Site
 from fedjax_llm.data.table import Columns, Row, scalar, sites_of
 from fedjax_llm.errors import UserError, nearest
 
@@ -39,8 +40,22 @@ class SiteFiles:
     answer_column: str = "answer"
     messages_column: str = "messages"
 
-    def load(self) -> Dataset:
-        """Reads all files.
+    @property
+    def apart(self) -> bool:
+        """Whether every file is a site, so that each can be read where it belongs."""
+        return self.site_column is None
+
+    def load(
+        self, index: int = 0, count: int = 1, gather: Callable[[Any], list[Any]] = lambda value: [value]
+    ) -> Dataset:
+        """Reads all files; or, where every file is a site, those of one of several hosts.
+
+        Args:
+          index: of the host.
+          count: of the hosts. The site at place ``i`` in the order of the names is that of host ``i % count``; others
+            have no records here, and of their files only the names are looked at.
+          gather: gives the values of all hosts. What hosts tell each other is digests: of files, and of records' ids,
+            since an id that two sites have is made two.
 
         Raises:
           UserError: a path leads nowhere, two files would be one site, a file is empty, or a line cannot be read; the
@@ -57,21 +72,36 @@ class SiteFiles:
             self.label_column,
             self.owner_column,
         )
-        sites = sites_of(self._rows(files), columns)
-        digest = hashlib.sha256()
-        for file in files:
-            digest.update(file.read_bytes())
+        order = {name: place for place, name in enumerate(sorted(file.stem for file in files))}
+        own = files if count == 1 else [file for file in files if order[file.stem] % count == index]
+
+        def shared(ids: Collection[str]) -> list[str]:
+            hashes = [_digest(name.encode()) for name in ids]
+            others = {one for place, told in enumerate(gather(hashes)) if place != index for one in told}
+            return [name for name, one in zip(ids, hashes, strict=True) if one in others]
+
+        self._check_names(files)
+        found = {site.name: site for site in sites_of(self._rows(own), columns, shared)}
+        every = found if count == 1 else order
+        sites = tuple(found.get(name, Site(name, ())) for name in sorted(every))
+        told = gather({str(file): _digest(file.read_bytes()) for file in own})
+        digests = {name: digest for part in told for name, digest in part.items()}
+        digest = hashlib.sha256("".join(digests[str(file)] for file in files).encode())
         names = ", ".join(file.name for file in files[:10]) + (", ..." if len(files) > 10 else "")
         return Dataset(sites, f"sha256:{digest.hexdigest()[:16]}", f"your own files: {names}")
 
-    def _rows(self, files: list[Path]) -> Iterator[tuple[str, str, Row]]:
-        """(site, place, row) of all files, one at a time."""
+    def _check_names(self, files: list[Path]) -> None:
+        """Refuses two files that would be one site."""
         taken: dict[str, Path] = {}
         for file in files:
             if self.site_column is None and (other := taken.setdefault(file.stem, file)) != file:
                 raise UserError(
                     f"{file} and {other} would both be the site {file.stem!r}; rename one, or name a site column"
                 )
+
+    def _rows(self, files: list[Path]) -> Iterator[tuple[str, str, Row]]:
+        """(site, place, row) of all files, one at a time."""
+        for file in files:
             line = 0
             for line, row in _read(file):
                 where = f"{file}:{line}"
@@ -83,6 +113,11 @@ class SiteFiles:
                 yield site, where, row
             if line == 0:
                 raise UserError(f"{file}: holds no records; fill it or leave it out")
+
+
+def _digest(content: bytes) -> str:
+    """SHA-256 in hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def _files(path: Path) -> list[Path]:

@@ -1,7 +1,7 @@
 """Train, validation and test by a hash: who is held out depends on no other record, and on no order."""
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,9 +31,9 @@ class SplitSite:
     """A site's records by split; each keeps the site's order."""
 
     name: str
-    train: tuple[Record, ...]
-    validation: tuple[Record, ...]
-    test: tuple[Record, ...]
+    train: Sequence[Record]
+    validation: Sequence[Record]
+    test: Sequence[Record]
 
 
 def split_of(record: Record, fractions: Fractions, salt: int) -> Split:

@@ -7,7 +7,7 @@ A row is a mapping from column to value. Its exchange stands in one column of ch
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 
 from fedjax_llm.data.records import Example, Message, Record, Site
@@ -33,7 +33,11 @@ class Columns:
     owner: str | None = None
 
 
-def sites_of(rows: Iterable[tuple[str, str, Row]], columns: Columns) -> tuple[Site, ...]:
+def sites_of(
+    rows: Iterable[tuple[str, str, Row]],
+    columns: Columns,
+    shared: Callable[[Collection[str]], Collection[str]] = lambda ids: (),
+) -> tuple[Site, ...]:
     """Gathers rows into sites, by name.
 
     Rows of one site with the same id become one record with several examples. Without an id column, the id of a record
@@ -44,6 +48,7 @@ def sites_of(rows: Iterable[tuple[str, str, Row]], columns: Columns) -> tuple[Si
     Args:
       rows: (site, where the row stands, for error messages, row).
       columns: what holds what.
+      shared: tells which of these sites' ids occur at sites that are not read here, too.
 
     Raises:
       UserError: a row cannot be read (see :func:`example_of`), or rows of one record disagree on its label or owner.
@@ -62,6 +67,7 @@ def sites_of(rows: Iterable[tuple[str, str, Row]], columns: Columns) -> tuple[Si
             known = records.get(record.id)
             records[record.id] = record if known is None else _joined(where, known, record)
     places = Counter(record_id for records in by_site.values() for record_id in records)
+    places.update(shared(list(places)))
     return tuple(
         Site(site, tuple(_distinct(site, record, places) for record in by_site[site].values()))
         for site in sorted(by_site)

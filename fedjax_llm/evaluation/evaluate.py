@@ -25,6 +25,8 @@ Phase = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 Encode = Callable[[Sequence[Record]], tuple[tuple[EncodedExample, ...], LengthReport]]
 """Records to tokens, as for training."""
 T = TypeVar("T")
+Joined = Callable[[Mapping[str, Any]], dict[str, Any]]
+"""Values by site -> those of all sites, where other hosts evaluate others."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ def hold_out(
     seed: int,
     tokens_per_microbatch: int,
     buckets: int,
+    whole: bool = True,
 ) -> HeldOut:
     """Chooses and encodes what is evaluated.
 
@@ -112,6 +115,7 @@ def hold_out(
       seed: of the questions' distractors.
       tokens_per_microbatch: bounds memory.
       buckets: how many shapes at most, for examples and for questions each.
+      whole: whether these are all sites of the run.
 
     Raises:
       UserError: all test records of a site are too long, or validation is wanted but no site has a record for it.
@@ -126,6 +130,7 @@ def hold_out(
             )
     test = {name: examples for name, (examples, _) in encoded.items()}
     validation = _validation(config, sites, encode)
+    check_validation(config, len(validation) or not whole)
     questions = _questions(config, dataset, sites, seed)
     rows = {name: tuple(lay_out(one, base.tokenizer, system) for one in asked) for name, asked in questions.items()}
     every = [example for part in (test, validation) for examples in part.values() for example in examples]
@@ -159,6 +164,7 @@ def evaluate_sites(
     held_out: HeldOut,
     phase: Phase,
     trunk: TrunkCache | None = None,
+    joined: Joined = dict,
 ) -> dict[str, Any]:
     """The evaluation ``E`` of ``docs/design.md`` section 3, on test records.
 
@@ -170,6 +176,7 @@ def evaluate_sites(
       held_out: from :func:`hold_out`.
       phase: shows progress.
       trunk: the hidden states below the adapters, where they are kept; then no adapters are ``{}``.
+      joined: adds the sites that other hosts evaluate.
     """
     with phase("Held-out answers", sum(map(len, held_out.test.values()))) as advance:
         scores = _scores(base, scaling, adapters, held_out.test, held_out.shapes, advance, trunk)
@@ -189,7 +196,7 @@ def evaluate_sites(
             "choice_records": [row.question.record_id for row in held_out.questions.get(site, ())],
             "choice_correct": correct.get(site, []),
         }
-    return {"sites": sites, "guessers": guessers(held_out)}
+    return {"sites": joined(sites), "guessers": _mean_guesses(joined(_guesses(held_out)))}
 
 
 def validate(
@@ -198,24 +205,48 @@ def validate(
     adapters: Mapping[str, Adapters],
     held_out: HeldOut,
     trunk: TrunkCache | None = None,
+    joined: Joined = dict,
 ) -> dict[str, Any]:
     """Nats per answer token on the validation records: ``{"nll": macro mean over sites, "sites": {site: nll}}``.
 
     Arguments as for :func:`evaluate_sites`.
     """
     scores = _scores(base, scaling, adapters, held_out.validation, held_out.shapes, lambda count: None, trunk)
-    sites = {site: float(found.nll.sum() / found.tokens.sum()) for site, found in scores.items()}
+    sites = joined({site: float(found.nll.sum() / found.tokens.sum()) for site, found in scores.items()})
     return {"nll": float(np.mean(list(sites.values()))), "sites": sites}
 
 
 def guessers(held_out: HeldOut) -> dict[str, float]:
     """What guessers that know nothing are expected to score on the questions: mean over sites of the sites' means."""
-    by_site = [[row.question.guesses for row in rows] for rows in held_out.questions.values()]
-    names = {name: None for site in by_site for question in site for name in question}
-    return {
-        name: float(np.mean([np.mean([question.get(name, 0.0) for question in site]) for site in by_site]))
-        for name in names
-    }
+    return _mean_guesses(_guesses(held_out))
+
+
+def check_validation(config: Evaluation, sites: int) -> None:
+    """Refuses validation of which no site has a record.
+
+    Raises:
+      UserError: validation is wanted, and ``sites`` with records for it are none.
+    """
+    if config.validation_every and not sites:
+        raise UserError(
+            f"evaluation.validation_every is {config.validation_every}, but no site has a validation record; raise "
+            "data.fractions.validation, or set evaluation.validation_every to 0"
+        )
+
+
+def _guesses(held_out: HeldOut) -> dict[str, dict[str, float]]:
+    """By site, what each guesser is expected to score on its questions."""
+    found = {}
+    for site, rows in held_out.questions.items():
+        names = {name: None for row in rows for name in row.question.guesses}
+        found[site] = {name: float(np.mean([row.question.guesses.get(name, 0.0) for row in rows])) for name in names}
+    return found
+
+
+def _mean_guesses(by_site: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The means over sites."""
+    names = {name: None for site in by_site.values() for name in site}
+    return {name: float(np.mean([site.get(name, 0.0) for site in by_site.values()])) for name in names}
 
 
 def _validation(
@@ -225,13 +256,7 @@ def _validation(
     if not config.validation_every:
         return {}
     found = {site.name: encode(first_by_hash(site.validation, config.validation_records))[0] for site in sites}
-    found = {name: examples for name, examples in found.items() if examples}
-    if not found:
-        raise UserError(
-            f"evaluation.validation_every is {config.validation_every}, but no site has a validation record; raise "
-            "data.fractions.validation, or set evaluation.validation_every to 0"
-        )
-    return found
+    return {name: examples for name, examples in found.items() if examples}
 
 
 def _questions(

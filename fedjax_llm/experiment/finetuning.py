@@ -33,7 +33,7 @@ def finetune(prepared: Prepared, ended: Ended, progress: RunProgress) -> tuple[P
     plan, state = alone(prepared.plan, ended.state, rounds)
     with progress.phase("Fine-tuning at the sites", rounds, "rounds") as advance:
         for _ in range(rounds):
-            state, _ = run_round(plan, prepared.base.params, state)
+            state, _ = run_round(plan, prepared.base.params, state, hosts=prepared.hosts)
             jax.block_until_ready(state.adapters)
             advance(1)
     return replace(prepared, plan=plan), ended._replace(state=state)

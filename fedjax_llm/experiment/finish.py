@@ -33,12 +33,13 @@ Phase = AbstractContextManager[Callable[[int], None]]
 def validation_of(prepared: Prepared, plan: RoundPlan) -> Validate | None:
     """How adapters are measured on validation records between rounds; ``None`` where there is no validation."""
     held_out = prepared.held_out
-    if not held_out.validation:
+    if not prepared.experiment.evaluation.validation_every:
         return None
 
     def validate(state: RoundState) -> dict[str, Any]:
         by_site = adapters_of(plan, held_out.validation, state)
-        return evaluate.validate(tuned_base(prepared, state), prepared.lora.scaling, by_site, held_out, plan.trunk)
+        parts = (tuned_base(prepared, state), prepared.lora.scaling, by_site, held_out, plan.trunk)
+        return evaluate.validate(*parts, prepared.joined)
 
     return validate
 
@@ -99,8 +100,16 @@ def finish(prepared: Prepared, ended: Ended | None, folder: Path, progress: RunP
     return summary
 
 
+def follow(prepared: Prepared, ended: Ended | None, progress: RunProgress) -> None:
+    """The part of a host other than the first in :func:`finish`: its own sites' evaluation."""
+    _evaluation(prepared, None if ended is None else ended.state, progress)
+
+
 def _evaluation(prepared: Prepared, state: RoundState | None, progress: RunProgress) -> dict[str, Any]:
-    """``evaluation.json``: base and tuned model on the same records, questions and prompts."""
+    """``evaluation.json``: base and tuned model on the same records, questions and prompts.
+
+    Of several hosts, each must call it.
+    """
     base, scaling, held_out = prepared.base, prepared.lora.scaling, prepared.held_out
     # Adapters that change nothing are exactly the base model, and need no programs of their own to be compiled.
     nothing = low_rank.silent(low_rank.join(prepared.adapters, prepared.frozen), base.params)
@@ -111,12 +120,13 @@ def _evaluation(prepared: Prepared, state: RoundState | None, progress: RunProgr
     found: dict[str, Any] = {}
     answers: dict[str, list[str]] = {}
     for name, (model, adapters) in models.items():
+        parts = (model, scaling, adapters, held_out)
         label = {"base": "base model", "final": "tuned model"}[name]
 
         def phase(title: str, total: int | None = None, label: str = label) -> Phase:
             return progress.phase(f"{title}, {label}", total)
 
-        found[name] = evaluate.evaluate_sites(model, scaling, adapters, held_out, phase, trunk)
+        found[name] = evaluate.evaluate_sites(*parts, phase, trunk, prepared.joined)
         _check_finite(found[name], label)
         if held_out.prompts:
             longest = prepared.experiment.evaluation.max_new_tokens

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_llm import lora as low_rank
+from fedjax_llm import mesh as meshes
 from fedjax_llm import trees
 from fedjax_llm.aggregation.fedavg import FedAvg
 from fedjax_llm.config import Experiment
@@ -21,6 +22,7 @@ from fedjax_llm.errors import UserError
 from fedjax_llm.experiment.protection import selected
 from fedjax_llm.federation import release
 from fedjax_llm.federation.clients import clients_of, local_training_of
+from fedjax_llm.federation.hosts import here
 from fedjax_llm.federation.local_work import weights
 from fedjax_llm.federation.plan import RoundPlan, Secure
 from fedjax_llm.lora import Lora
@@ -33,13 +35,16 @@ from fedjax_llm.secure.simulation import identities
 from fedjax_llm.training.client_update import LocalTraining, Trainer
 from fedjax_llm.types import Adapters, Aggregation, Stack
 
+Train = tuple[tuple[str, Sequence[EncodedExample]], ...]
+"""Training examples by site."""
+
 
 def plan_of(
     experiment: Experiment,
     base: BaseModel,
     lora: Lora,
     frozen: Adapters,
-    train: tuple[tuple[str, tuple[EncodedExample, ...]], ...],
+    train: Train,
     key: jax.Array,
     mechanism: Mechanism | None,
 ) -> RoundPlan:
@@ -61,16 +66,17 @@ def plan_of(
             local.proximal if experiment.setting == "federated" else 0.0,
             mechanism,
             aggregation.client.gradient,
-        ),
+        )._replace(mesh=meshes.make(experiment.execution.mesh)),
         aggregation=aggregation,
         federation=experiment.federation,
         local=local,
         execution=experiment.execution,
         shapes=choose_shapes(
-            [example for client in clients for example in client.examples],
+            [example for client in clients for example in here(client.examples)],
             tokens_per_microbatch=experiment.execution.tokens_per_microbatch,
             buckets=experiment.execution.buckets,
             rows_of_unit=1 if mechanism is None else mechanism.examples_per_unit,
+            bins=experiment.execution.mesh.bins.count,
         ),
         clients=clients,
         cohort=1 if experiment.setting == "centralised" else cohort,

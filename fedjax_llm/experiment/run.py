@@ -4,6 +4,7 @@ import os
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ from fedjax_llm.config import MAY_CHANGE, Experiment, in_words, to_json
 from fedjax_llm.errors import UserError
 from fedjax_llm.experiment.compilation import CompileClock, use_compilation_cache
 from fedjax_llm.experiment.disclosed import disclosed
+from fedjax_llm.experiment.expectation import Expectation, expect, learn
 from fedjax_llm.experiment.finetuning import finetune
 from fedjax_llm.experiment.finish import finish, length_counts, site_counts, validation_of
+from fedjax_llm.experiment.following import follow
 from fedjax_llm.experiment.forecast import promised
 from fedjax_llm.experiment.prepare import Load, Prepared, Trunks, prepare
-from fedjax_llm.experiment.training_loop import Loop, run_rounds
+from fedjax_llm.experiment.training_loop import Ended, Loop, run_rounds
 from fedjax_llm.federation.communication import travelling, tree_bytes
+from fedjax_llm.federation.hosts import AGAIN, ALONE, HostGone, Hosts
 from fedjax_llm.federation.plan import RoundPlan
 from fedjax_llm.federation.release import template
 from fedjax_llm.models.loading import load
@@ -44,6 +48,7 @@ def run(
     console: Console,
     load_model: Load = load,
     trunks: Trunks | None = None,
+    hosts: Hosts = ALONE,
 ) -> int:
     """Runs an experiment in a folder.
 
@@ -54,13 +59,17 @@ def run(
       console: where to show progress.
       load_model: gives the base model; a process with several runs can give the same one to all.
       trunks: of the runs before in this process (``prepare``).
+      hosts: that share the sites; this one, the first, keeps the folder.
 
     Returns:
       0, or 130 if Ctrl-C ended it.
 
     Raises:
+      HostGone: another host died.
       UserError: something that the user can put right.
     """
+    if not hosts.first:
+        return follow(experiment, hosts, console=console, load_model=load_model)
     use_compilation_cache()
     clock = CompileClock()
     config = to_json(experiment)
@@ -69,34 +78,63 @@ def run(
     with directory.locked(folder), shown as progress:
         record_environment(folder, resume)
         try:
-            prepared = _prepared(experiment, progress, folder, resume, load_model, trunks)
-            show_plan(prepared, progress, console)
+            prepared = _prepared(experiment, progress, folder, resume, load_model, trunks, hosts)
+            expected = expect(prepared) if hosts.count == 1 else None  # of the text, this host knows its own
+            show_plan(prepared, expected, progress, console)
             ended = None
             if prepared.plan is not None:
                 validate = validation_of(prepared, prepared.plan)
                 loop = Loop(folder, resume, clock, validate, prepared.fingerprint)
                 ended = run_rounds(prepared, prepared.plan, loop, progress)
                 prepared, ended = finetune(prepared, ended, progress)
-            summary = finish(prepared, ended, folder, progress)
+            summary = _finish(prepared, ended, expected, folder, clock, progress)
         except KeyboardInterrupt:
             done = finished_steps(folder / "checkpoints")
             kept = f"Everything up to round {done[-1]} is kept." if done else "No round was finished."
             progress.say(f"Stopped. {kept} Go on with: {_resume_command()}")
             return 130
+        except HostGone as gone:
+            done = finished_steps(folder / "checkpoints")
+            kept = f"Everything up to round {done[-1]} is kept" if done else "No round was finished"
+            raise HostGone(f"{gone}. {kept} in {folder}; {AGAIN}") from gone
         show_results(prepared, summary, folder, progress, console)
     return 0
 
 
 def _prepared(
-    experiment: Experiment, progress: RunProgress, folder: Path, resume: bool, load_model: Load, trunks: Trunks | None
+    experiment: Experiment,
+    progress: RunProgress,
+    folder: Path,
+    resume: bool,
+    load_model: Load,
+    trunks: Trunks | None,
+    hosts: Hosts,
 ) -> Prepared:
     """What :func:`prepare` gives; where it finds a fault, a new run's folder goes, so that the name stays free."""
     try:
-        return prepare(experiment, progress, load_model, trunks)
+        return prepare(experiment, progress, load_model, trunks, hosts)
     except UserError:
         if not resume:
             shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _finish(
+    prepared: Prepared,
+    ended: Ended | None,
+    expected: Expectation | None,
+    folder: Path,
+    clock: CompileClock,
+    progress: RunProgress,
+) -> dict[str, Any]:
+    """What :func:`finish` gives, and how the prediction did, where there was one."""
+    began, compiled = time.perf_counter(), clock.seconds
+    summary = finish(prepared, ended, folder, progress)
+    seconds = time.perf_counter() - began - (clock.seconds - compiled)
+    if expected is not None:
+        summary["cost"] = learn(prepared, expected, summary, seconds)
+        directory.write_json(folder / "summary.json", summary)
+    return summary
 
 
 def show_results(
@@ -126,8 +164,10 @@ def record_environment(folder: Path, resume: bool) -> None:
     directory.write_json(path, now)
 
 
-def show_plan(prepared: Prepared, progress: RunProgress, console: Console) -> None:
-    """Prints what is going to happen: model, adapters, sites, rounds, bytes."""
+def show_plan(prepared: Prepared, expected: Expectation | None, progress: RunProgress, console: Console) -> None:
+    """Prints what is going to happen: time and memory, model, adapters, sites, rounds, bytes."""
+    if expected is not None:
+        progress.say(expected.prediction.told())
     experiment, base = prepared.experiment, prepared.base
     trainable, shown = low_rank.size(prepared.adapters), disclosed(prepared, ())
     rows: list[tuple[str, Any]] = [

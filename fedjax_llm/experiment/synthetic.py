@@ -1,23 +1,28 @@
-"""Rounds on random tokens, for benchmarks: no text, exact shapes."""
+"""Rounds for benchmarks: on random tokens in exact shapes, or on given examples in the shapes of a run."""
+
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from fedjax_llm import lora as low_rank
 from fedjax_llm.config import Experiment, regime_of
-from fedjax_llm.data.packing import Shape
+from fedjax_llm.data.packing import Shape, choose_shapes
 from fedjax_llm.data.records import EncodedExample
+from fedjax_llm.errors import UserError
 from fedjax_llm.experiment.planning import trainer_of
 from fedjax_llm.federation.clients import clients_of
 from fedjax_llm.federation.plan import Execution, Federation, RoundPlan
 from fedjax_llm.federation.rounds import initial_state
 from fedjax_llm.lora import Lora
+from fedjax_llm.models.causal_lm import lowest_adapted
 from fedjax_llm.models.loading import BaseModel
 from fedjax_llm.privacy import guarantee, noise
 from fedjax_llm.privacy.guarantee import Privacy
 from fedjax_llm.privacy.mechanism import MechanismConfig, Population
 from fedjax_llm.training.client_update import LocalTraining
 from fedjax_llm.training.optimizers import Optimizer
+from fedjax_llm.training.trunk import TrunkCache
 from fedjax_llm.types import RoundState
 
 _ROUNDS = 1_000_000
@@ -34,10 +39,7 @@ def dense_plan(
     mechanism: MechanismConfig | None = None,
     chunk: int | None = None,
 ) -> tuple[RoundPlan, RoundState]:
-    """A federated run in which every client has the examples of one step, and every token is trained on.
-
-    All examples of a client are in each of its steps: the batch without privacy, and what a mechanism samples with
-    probability 1. So rounds with and without privacy train on the same tokens.
+    """A federated run on random tokens, all of which are trained on: see :func:`plan_on`.
 
     Args:
       base: the real model.
@@ -52,34 +54,100 @@ def dense_plan(
     Returns:
       The plan (one microbatch a step, nothing padded), and the state before the first round.
     """
-    rng = np.random.default_rng(0)
-    names = tuple(f"site-{c:02d}" for c in range(clients))
-    sites = [(name, tuple(_example(rng, base, length, f"{name}-{b}") for b in range(batch))) for name in names]
+    rows = (chunk or clients) * batch
+    return plan_on(
+        base,
+        lora,
+        random_sites(base, clients, batch, length),
+        steps=steps,
+        mechanism=mechanism,
+        execution=Execution(clients_per_chunk=chunk or clients),
+        shapes=(Shape(rows, length, rows * (length - 1)),),
+    )
+
+
+def plan_on(
+    base: BaseModel,
+    lora: Lora,
+    sites: Sequence[tuple[str, tuple[EncodedExample, ...]]],
+    *,
+    steps: int,
+    mechanism: MechanismConfig | None = None,
+    execution: Execution,
+    shapes: tuple[Shape, ...] | None = None,
+) -> tuple[RoundPlan, RoundState]:
+    """A federated run in which all sites are in every round, with all of their examples in each of their steps.
+
+    These are the batch without privacy, and what a mechanism samples with probability 1: both train on the same tokens.
+
+    Args:
+      base: the real model.
+      lora: the adapters. With layers below the lowest of them, the plan has a trunk; nothing is computed for it yet.
+      sites: names and examples, equally many at each.
+      steps: local steps a round.
+      mechanism: of privacy, with a noise multiplier of its own; the unit is the record.
+      execution: the layout.
+      shapes: of microbatches; ``None``: what a run with this layout would choose.
+
+    Returns:
+      The plan, and the state before the first round.
+
+    Raises:
+      UserError: sites have different numbers of examples.
+    """
+    counts = {len(examples) for _, examples in sites}
+    if len(counts) != 1:
+        raise UserError(f"the sites have between {min(counts)} and {max(counts)} examples; give them equally many")
+    (batch,), names = counts, tuple(name for name, _ in sites)
     experiment = Experiment(
         lora=lora,
         training=LocalTraining(batch, steps, optimizer=Optimizer("adamw", 1e-3), keep_optimizer="no"),
         federation=Federation(rounds=_ROUNDS),
         privacy=Privacy(mechanism=mechanism),
-        execution=Execution(clients_per_chunk=chunk or clients),
+        execution=execution,
     )
-    population = Population(names, (batch,) * clients, (_ROUNDS,) * clients, (1,) * clients)
+    population = Population(names, (batch,) * len(names), (_ROUNDS,) * len(names), (1,) * len(names))
     made = guarantee.build(experiment.privacy, regime_of(experiment), population)
-    rows = (chunk or clients) * batch
+    adapters = low_rank.init(jax.random.key(1), lora, base.model)
+    shapes = shapes or _shapes(sites, execution)
     plan = RoundPlan(
         setting="federated",
         trainer=trainer_of(base.model, lora.scaling, experiment.training, 0.0, made),
         aggregation=experiment.aggregation.make(),
         federation=experiment.federation,
         local=experiment.training,
-        execution=experiment.execution,
-        shapes=(Shape(rows, length, rows * (length - 1)),),
+        execution=execution,
+        shapes=shapes,
         clients=clients_of("federated", sites, None if made is None else made.unit),
-        cohort=clients,
+        cohort=len(names),
         key=jax.random.key(0),
         mechanism=made,
         secret_key=None if made is None else noise.run_key("reproducible", 0),
+        trunk=_trunk(base, lowest_adapted(adapters), shapes, execution),
     )
-    return plan, initial_state(plan, low_rank.init(jax.random.key(1), lora, base.model))
+    return plan, initial_state(plan, adapters)
+
+
+def _shapes(sites: Sequence[tuple[str, tuple[EncodedExample, ...]]], execution: Execution) -> tuple[Shape, ...]:
+    """What a run with this layout would choose."""
+    every = [example for _, examples in sites for example in examples]
+    return choose_shapes(every, tokens_per_microbatch=execution.tokens_per_microbatch, buckets=execution.buckets)
+
+
+def _trunk(base: BaseModel, layers: int, shapes: tuple[Shape, ...], execution: Execution) -> TrunkCache | None:
+    """Keeps the hidden states below the adapters, where there are layers below them and room is given."""
+    if not layers or not execution.trunk_megabytes:
+        return None
+    return TrunkCache(base.model, base.params, layers, shapes, execution.trunk_megabytes * 2**20)
+
+
+def random_sites(
+    base: BaseModel, clients: int, batch: int, length: int
+) -> list[tuple[str, tuple[EncodedExample, ...]]]:
+    """Names, and for each ``batch`` examples of ``length`` random tokens, of which all but the first are targets."""
+    rng = np.random.default_rng(0)
+    names = [f"site-{c:02d}" for c in range(clients)]
+    return [(name, tuple(_example(rng, base, length, f"{name}-{b}") for b in range(batch))) for name in names]
 
 
 def _example(rng: np.random.Generator, base: BaseModel, length: int, name: str) -> EncodedExample:

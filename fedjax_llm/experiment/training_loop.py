@@ -23,7 +23,7 @@ from fedjax_llm.runs.progress import RunProgress
 from fedjax_llm.runs.tensorboard import Scalars
 from fedjax_llm.types import RoundState
 
-TIMING = ("train_seconds", "tokens_per_second", "compile_seconds", "peak_rss_bytes")
+TIMING = ("train_seconds", "tokens_per_second", "compile_seconds", "peak_rss_bytes", "cost")
 """The keys of ``summary.json`` that depend on the machine and the moment."""
 Validate = Callable[[RoundState], dict[str, Any]]
 """State -> ``{"nll", "sites"}`` on validation records."""
@@ -65,10 +65,11 @@ def run_rounds(prepared: Prepared, plan: RoundPlan, loop: Loop, progress: RunPro
       KeyboardInterrupt: Ctrl-C; the save in progress has been waited for.
       UserError: no client came back finite, or the disk is full; the last good checkpoint stays.
     """
-    output, stopped = prepared.experiment.output, None
+    output, stopped, hosts = prepared.experiment.output, None, prepared.hosts
     state = initial_state(plan, prepared.adapters)
     with Checkpoints(loop.folder / "checkpoints", output.keep_last, output.keep_best, progress.say) as checkpoints:
         state, known = _restored(checkpoints, state, loop, progress)
+        state = hosts.tree_from_first(state)
         account = open_account(prepared, loop.folder, known, loop.fingerprint)
         done = int(state.round)
         log = MetricsLog(loop.folder / "metrics.jsonl")
@@ -81,6 +82,7 @@ def run_rounds(prepared: Prepared, plan: RoundPlan, loop: Loop, progress: RunPro
                     stopped = str(spent)
                     progress.say(f"The privacy budget ends the run: {stopped}.")
                     break
+                hosts.from_first({"attempt": 0 if charged is None else charged.attempt})
                 state, line = _one_round(prepared, plan, state, loop, charged)
                 log.append(line)  # before the checkpoint: a resumed run drops it or has it
                 validation = line["validation"]
@@ -89,10 +91,32 @@ def run_rounds(prepared: Prepared, plan: RoundPlan, loop: Loop, progress: RunPro
                 checkpoints.save(line["round"], state, extra, validation["nll"] if validation else None)
                 progress.round(line)
                 done = line["round"]
+        hosts.from_first(None)  # that was the last round
         if output.select == "best" and (best := checkpoints.restore_best(state)) is not None:
             step, state, _ = best
             progress.say(f"Taking the adapters of round {step}, which have the lowest validation loss.")
-    return Ended(state, stopped)
+    return Ended(hosts.tree_from_first(state), stopped)
+
+
+def follow_rounds(prepared: Prepared, plan: RoundPlan, validate: Validate | None, progress: RunProgress) -> Ended:
+    """The same rounds on a host other than the first, which says when each begins and keeps what comes of them.
+
+    A private round is in the ledger on the first host's disk before it says so.
+
+    Raises:
+      HostGone: another host died.
+      UserError: no client came back finite.
+    """
+    hosts, rounds = prepared.hosts, plan.federation.rounds
+    state = hosts.tree_from_first(initial_state(plan, prepared.adapters))
+    while (begun := hosts.from_first(None)) is not None:
+        state, report = run_round(plan, prepared.base.params, state, begun["attempt"], hosts)
+        number = int(state.round)
+        if validate is not None and _validates(prepared, plan, number):
+            validate(state)
+        hosts.remember(f"round {number} had been done, whose checkpoint, or that of the round before, is the newest")
+        progress.say(f"round {number}/{rounds}  {len(report.clients)} clients, of all hosts")
+    return Ended(hosts.tree_from_first(state), None)
 
 
 def _restored(
@@ -124,12 +148,13 @@ def _one_round(
 ) -> tuple[RoundState, dict[str, Any]]:
     """A round, its validation where one is due, and its line of metrics."""
     began, compiled = time.perf_counter(), loop.clock.seconds
-    state, report = run_round(plan, prepared.base.params, state, 0 if charged is None else charged.attempt)
+    attempt = 0 if charged is None else charged.attempt
+    state, report = run_round(plan, prepared.base.params, state, attempt, prepared.hosts)
     jax.block_until_ready(state.adapters)
     spent, compiling = time.perf_counter() - began, loop.clock.seconds - compiled
-    number, every = int(state.round), prepared.experiment.evaluation.validation_every
-    due = loop.validate is not None and every and (number % every == 0 or number == plan.federation.rounds)
-    validation = loop.validate(state) if due and loop.validate else None
+    number, validation = int(state.round), None
+    if loop.validate is not None and _validates(prepared, plan, number):
+        validation = loop.validate(state)
     timing = {
         "seconds": spent,
         "compile_seconds": compiling,
@@ -139,6 +164,12 @@ def _one_round(
     epsilon = None if charged is None else charged.epsilon
     each = shows_clients(prepared.experiment)
     return state, metrics_line(number, report, validation, epsilon, each) | {"timing": timing}
+
+
+def _validates(prepared: Prepared, plan: RoundPlan, number: int) -> bool:
+    """Whether validation is due after a round."""
+    every = prepared.experiment.evaluation.validation_every
+    return bool(every) and (number % every == 0 or number == plan.federation.rounds)
 
 
 def shows_clients(experiment: Experiment) -> bool:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from fedjax_llm.data.records import EncodedExample, units_of
 from fedjax_llm.errors import UserError
+from fedjax_llm.federation.hosts import Elsewhere
 from fedjax_llm.federation.sampling import client_id
 from fedjax_llm.privacy.mechanism import EVERY_SITE
 from fedjax_llm.training.client_update import LocalTraining
@@ -18,18 +19,18 @@ class Client:
     Attributes:
       name: of the site, or ``all`` for the one client of the setting centralised.
       id: stable over rounds, cohorts and runs; see ``sampling.client_id``.
-      examples: at least one.
+      examples: at least one; of another host's client only their number is known.
       units: the examples by privacy unit; empty in a run without differential privacy.
     """
 
     name: str
     id: int
-    examples: tuple[EncodedExample, ...]
-    units: tuple[tuple[EncodedExample, ...], ...] = ()
+    examples: Sequence[EncodedExample]
+    units: Sequence[tuple[EncodedExample, ...]] = ()
 
 
 def clients_of(
-    setting: Setting, sites: Sequence[tuple[str, tuple[EncodedExample, ...]]], unit: Unit | None = None
+    setting: Setting, sites: Sequence[tuple[str, Sequence[EncodedExample]]], unit: Unit | None = None
 ) -> tuple[Client, ...]:
     """The clients of a setting: the sites, or one that holds everything.
 
@@ -63,10 +64,14 @@ def clients_of(
             )
     if setting == "centralised":
         sites = [("all", tuple(example for _, examples in sites for example in examples))]
-    return tuple(
-        Client(name, client_id(name), tuple(examples), units_of(examples, unit) if unit else ())
-        for name, examples in sites
-    )
+    return tuple(_client(name, examples, unit) for name, examples in sites)
+
+
+def _client(name: str, examples: Sequence[EncodedExample], unit: Unit | None) -> Client:
+    """A client, of this host or of another."""
+    if isinstance(examples, Elsewhere):
+        return Client(name, client_id(name), examples, Elsewhere(examples.units))
+    return Client(name, client_id(name), tuple(examples), units_of(examples, unit) if unit else ())
 
 
 def local_training_of(setting: Setting, local: LocalTraining, cohort: int) -> LocalTraining:

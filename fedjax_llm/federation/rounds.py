@@ -14,12 +14,15 @@ import numpy as np
 from jax import Array
 
 from fedjax_llm import lora as low_rank
+from fedjax_llm import mesh as meshes
 from fedjax_llm import trees
 from fedjax_llm.data.packing import pack
 from fedjax_llm.federation import effective, release, secured
 from fedjax_llm.federation.availability import Answers
 from fedjax_llm.federation.cohorts import answers_of, most_of
 from fedjax_llm.federation.communication import in_vain, traffic_of
+from fedjax_llm.federation.hosts import ALONE, Hosts
+from fedjax_llm.federation.joining import Part, joined
 from fedjax_llm.federation.local_work import (
     Work,
     learning_rates,
@@ -93,7 +96,9 @@ def initial_state(plan: RoundPlan, adapters: PyTree) -> RoundState:
     return RoundState(jnp.int32(0), shared, server_state, client_state, privacy_state)
 
 
-def run_round(plan: RoundPlan, params: Params, state: RoundState, attempt: int = 0) -> tuple[RoundState, RoundReport]:
+def run_round(
+    plan: RoundPlan, params: Params, state: RoundState, attempt: int = 0, hosts: Hosts = ALONE
+) -> tuple[RoundState, RoundReport]:
     """One round.
 
     Args:
@@ -101,6 +106,7 @@ def run_round(plan: RoundPlan, params: Params, state: RoundState, attempt: int =
       params: the frozen weights.
       state: after the round before.
       attempt: how often this round has been released with other noise before (``privacy/ledger.py``).
+      hosts: each trains its own clients; then all take the same step.
 
     Returns:
       The next state, and a report.
@@ -108,32 +114,15 @@ def run_round(plan: RoundPlan, params: Params, state: RoundState, attempt: int =
     Raises:
       UserError: without differential privacy, not one client of the cohort came back with a finite update.
     """
-    number, algorithm = int(state.round) + 1, plan.aggregation
-    kind = algorithm.view if plan.corrupt is None else Stack  # attackers see all; the algorithm still sees its view
+    number = int(state.round) + 1
     answers = answers_of(plan, number, attempt)
-    cohort, slots = answers.cohort, min(plan.execution.clients_per_chunk, most_of(plan))
+    slots = meshes.slots(plan.execution.mesh, min(plan.execution.clients_per_chunk, most_of(plan)))
+    cohort, state = answers.cohort, meshes.place(plan.trainer.mesh, state)
     moment = _moment(plan, params, state, answers, number, attempt)
-    view, adapters, client_state = release.nothing(plan, state.adapters), state.adapters, dict(state.client_state)
-    reports: list[ClientReport] = []
-    padded_tokens, below_clip, ideal = 0, jnp.float32(0), effective.nothing(plan, state.adapters)
     exchange = secured.begin(plan, state, answers, moment.received, moment.live, attempt)
-    for first in range(0, len(cohort), slots):
-        members = cohort[first : first + slots]
-        # Slots that stay empty point past the end: reading clamps, writing drops.
-        index = jnp.asarray(np.concatenate([members, np.full(slots - len(members), len(plan.clients))]))
-        chunk = _run_chunk(plan, moment, state, members, index)
-        if plan.setting == "local":
-            adapters = trees.put(adapters, index, chunk.adapters)
-        elif exchange is not None:
-            secured.add(exchange, members, chunk.messages, chunk.weights)
-        else:
-            view = release.join(view, kind, chunk.messages, chunk.weights, len(members))
-            ideal = effective.join(plan, ideal, chunk.adapters, chunk.weights)
-        for name, kept in chunk.kept.items():
-            client_state[name] = trees.put(client_state[name], index, kept)
-        below_clip += chunk.below_clip
-        reports.extend(chunk.reports)
-        padded_tokens += chunk.padded_tokens
+    mine = cohort[[hosts.owns(int(member)) for member in cohort]] if hosts.count > 1 else cohort
+    part = joined(hosts, plan, state, cohort, _run_chunks(plan, moment, state, mine, slots, exchange))
+    _, view, ideal, adapters, client_state, below_clip, reports, padded_tokens = part
     check_included(plan, number, reports)
     view = release.seen(plan, view, cohort, number)
     ended = None if exchange is None else secured.end(exchange)
@@ -153,6 +142,34 @@ def run_round(plan: RoundPlan, params: Params, state: RoundState, attempt: int =
         secure=None if ended is None else ended.report,
         **_in_vain(plan, state, moment, answers, ended),
     )
+
+
+def _run_chunks(
+    plan: RoundPlan, moment: _Moment, state: RoundState, cohort: np.ndarray, slots: int, exchange: Any
+) -> Part:
+    """Local training of clients, ``slots`` at a time."""
+    kind = plan.aggregation.view if plan.corrupt is None else Stack  # attackers see all; the algorithm sees its view
+    view, adapters, client_state = release.nothing(plan, state.adapters), state.adapters, dict(state.client_state)
+    reports: list[ClientReport] = []
+    padded_tokens, below_clip, ideal = 0, jnp.float32(0), effective.nothing(plan, state.adapters)
+    for first in range(0, len(cohort), slots):
+        members = cohort[first : first + slots]
+        # Slots that stay empty point past the end: reading clamps, writing drops.
+        index = jnp.asarray(np.concatenate([members, np.full(slots - len(members), len(plan.clients))]))
+        chunk = _run_chunk(plan, moment, state, members, index)
+        if plan.setting == "local":
+            adapters = trees.put(adapters, index, chunk.adapters)
+        elif exchange is not None:
+            secured.add(exchange, members, chunk.messages, chunk.weights)
+        else:
+            view = release.join(view, kind, chunk.messages, chunk.weights, len(members))
+            ideal = effective.join(plan, ideal, chunk.adapters, chunk.weights)
+        for name, kept in chunk.kept.items():
+            client_state[name] = trees.put(client_state[name], index, kept)
+        below_clip += chunk.below_clip
+        reports.extend(chunk.reports)
+        padded_tokens += chunk.padded_tokens
+    return Part(cohort, view, ideal, adapters, client_state, below_clip, reports, padded_tokens)
 
 
 def _kept_if(ended: Ended, client_state: dict[str, PyTree], before: RoundState) -> dict[str, PyTree]:
@@ -223,9 +240,13 @@ def _run_chunk(plan: RoundPlan, moment: _Moment, state: RoundState, members: np.
     keys = _dropout_keys(plan, ids, number, attempt)
     kept = {name: trees.take(tree, index) for name, tree in state.client_state.items()}
     staleness = np.array([moment.staleness[int(i)] for i in members] + [0] * (slots - len(members)))
-    local = _local(plan, moment, state, index, kept, staleness)
-    per_token = plan.local.normalise == "token"
-    pack_options = {"clients": slots, "per_token": per_token, "denominators": public_denominators(plan, members)}
+    local = meshes.place(plan.trainer.mesh, _local(plan, moment, state, index, kept, staleness), meshes.CLIENTS)
+    pack_options: dict[str, Any] = {
+        "clients": slots,
+        "per_token": plan.local.normalise == "token",
+        "denominators": public_denominators(plan, members),
+        "bins": plan.execution.mesh.bins,
+    }
     batches = list(pack(work, plan.shapes, **pack_options))
     rates = learning_rates(plan.local, work, slots, number, plan.federation.rounds)
     begun = client_update.start(plan.trainer, local.start, kept.get("optimizer"), kept.get("noise", ()))

@@ -127,7 +127,7 @@ class CausalLM:
             return _apply_block
         kept = jax.checkpoint_policies
         policies = {
-            "none": kept.save_anything_except_these_names(sharding.GATHERED),
+            "none": sharding.all_but_gathered,
             "matmuls": kept.dots_with_no_batch_dims_saveable,
             "blocks": kept.nothing_saveable,
         }

@@ -104,6 +104,31 @@ def _softmax_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, 
     return weights, weights * (tangent - jnp.sum(weights * tangent, axis=-1, keepdims=True))
 
 
+@jax.custom_vjp
+def vocabulary_logits(hidden: Array, table: Array) -> Array:
+    """Logits [K, V] in f32 of hidden states [K, D] by a table [V, D].
+
+    In the backward pass the gradient of the logits takes the table's type, so that a table of half the bits is never
+    copied into f32, which would be the largest array of all.
+    """
+    return jnp.einsum("kd,vd->kv", hidden, table, preferred_element_type=jnp.float32)
+
+
+def _vocabulary_forward(hidden: Array, table: Array) -> tuple[Array, tuple[Array, Array]]:
+    return vocabulary_logits(hidden, table), (hidden, table)
+
+
+def _vocabulary_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    """With respect to both; where the table is frozen the compiler drops what nobody asks for."""
+    hidden, table = kept
+    narrow, wide = gradient.astype(table.dtype), {"preferred_element_type": jnp.float32}
+    back = jnp.einsum("kv,vd->kd", narrow, table, **wide)
+    return back.astype(hidden.dtype), jnp.einsum("kv,kd->vd", narrow, hidden, **wide).astype(table.dtype)
+
+
+vocabulary_logits.defvjp(_vocabulary_forward, _vocabulary_backward)
+
+
 def grouped_attention(query: Array, key: Array, value: Array, mask: Array) -> Array:
     """Softmax attention with grouped queries (Ainslie et al. 2023).
 

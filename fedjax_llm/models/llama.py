@@ -18,7 +18,7 @@ from jax import Array
 
 from fedjax_llm.errors import UserError
 from fedjax_llm.models.family import Family, Weight
-from fedjax_llm.models.layers import Projection, RMSNorm, grouped_attention, rotary_tables, rotate
+from fedjax_llm.models.layers import Projection, RMSNorm, grouped_attention, rotary_tables, rotate, vocabulary_logits
 from fedjax_llm.types import Params
 
 
@@ -210,7 +210,7 @@ def finish(config: LlamaConfig, params: Params, x: Array) -> Array:
 def logits(config: LlamaConfig, params: Params, hidden: Array) -> Array:
     """[K, D] -> [K, V] in f32."""
     table = params["embed_tokens"]["embedding"] if config.tied else params["lm_head"]["embedding"]
-    return jnp.einsum("kd,vd->kv", hidden, table, preferred_element_type=jnp.float32)
+    return vocabulary_logits(hidden, table)
 
 
 def projections(config: LlamaConfig) -> dict[str, tuple[int, int]]:

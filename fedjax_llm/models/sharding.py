@@ -9,14 +9,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from fedjax_llm.models.family import Family, Weight
 from fedjax_llm.types import Params, PyTree
 
-GATHERED = "gathered weights"
-"""The name under which remat policies find gathered weights, which nobody may keep."""
+
+def all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """What a backward pass may find kept (a policy for ``jax.checkpoint``): all but weights that were gathered."""
+    return primitive.name != "all_gather"
 
 
 def specs(family: Family, config: Any, tensor: int) -> PyTree:
@@ -27,7 +28,7 @@ def specs(family: Family, config: Any, tensor: int) -> PyTree:
       config: of the model.
       tensor: devices along that axis. A vocabulary that they do not divide is not cut.
     """
-    return _tree(family, config, lambda weight: _spec(weight, tensor))
+    return tree(family, config, lambda weight: _spec(weight, tensor))
 
 
 def gather(family: Family, config: Any, params: Params, axis: str, *, of_layer: bool) -> Params:
@@ -40,13 +41,13 @@ def gather(family: Family, config: Any, params: Params, axis: str, *, of_layer: 
       axis: of the mesh over which they are spread.
       of_layer: whether ``params`` are those of a layer, or those outside of layers.
     """
-    axes = _tree(family, config, fsdp_axis)
+    axes = tree(family, config, fsdp_axis)
     axes = axes["layers"][0] if of_layer else {name: axes[name] for name in params}
 
     def whole(part: jax.Array, cut: int) -> jax.Array:
         if cut < 0:
             return part
-        return checkpoint_name(jax.lax.all_gather(part, axis, axis=cut, tiled=True), GATHERED)
+        return jax.lax.all_gather(part, axis, axis=cut, tiled=True)
 
     return jax.tree.map(whole, params, axes)
 
@@ -73,12 +74,12 @@ def _spec(weight: Weight, tensor: int) -> PartitionSpec:
     return PartitionSpec(*cuts)
 
 
-def _tree(family: Family, config: Any, of: Callable[[Weight], Any]) -> PyTree:
+def tree(family: Family, config: Any, of: Callable[[Weight], Any]) -> PyTree:
     """A function of every weight, in a tree like the parameters."""
-    tree: dict[str, Any] = {"layers": tuple({} for _ in range(config.layers))}
+    found: dict[str, Any] = {"layers": tuple({} for _ in range(config.layers))}
     for weight in family.weights(config):
-        for place in tree["layers"] if "{layer}" in weight.name else (tree,):
+        for place in found["layers"] if "{layer}" in weight.name else (found,):
             for key in weight.path[:-1]:
                 place = place.setdefault(key, {})
             place[weight.path[-1]] = of(weight)
-    return tree
+    return found

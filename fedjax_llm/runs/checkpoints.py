@@ -155,7 +155,14 @@ class Checkpoints:
         """The orbax checkpointer."""
         if self._checkpointer is None:
             ocp = _orbax()
-            self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+            # Of several hosts only one keeps checkpoints: orbax must not wait for the others.
+            here = jax.process_index()
+            alone = ocp.options.MultiprocessingOptions(
+                primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"host-{here}"
+            )
+            composite = ocp.CompositeOptions(multiprocessing_options=alone)
+            handler = ocp.CompositeCheckpointHandler(composite_options=composite)
+            self._checkpointer = ocp.AsyncCheckpointer(handler, multiprocessing_options=alone)
         return self._checkpointer
 
     def _wait(self) -> None:

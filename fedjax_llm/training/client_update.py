@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fedjax_llm import lora as low_rank
 from fedjax_llm import mesh as meshes
@@ -141,8 +141,8 @@ def start(trainer: Trainer, adapters: PyTree, optimizer: PyTree | None = None, n
     if optimizer is None:
         optimizer = jax.vmap(trainer.optimizer.init)(adapters)
     clients = jax.tree.leaves(adapters)[0].shape[0]
-    gradients = trees.zeros(adapters)
-    return LocalState(adapters, optimizer, gradients, jnp.zeros(clients), noise)
+    state = LocalState(adapters, optimizer, trees.zeros(adapters), jnp.zeros(clients), noise)
+    return meshes.place(trainer.mesh, state, meshes.CLIENTS)
 
 
 def run(
@@ -228,11 +228,20 @@ def accumulate(
     live: Mapping[str, Array] | None = None,
 ) -> LocalState:
     """Adds the (clipped) gradients and the losses of a microbatch to its clients' sums."""
-    sums, mesh = (state.gradients, state.loss), trainer.mesh
-    static = (trainer.model, trainer.scaling, trainer.clip, trainer.grouped, mesh)
-    rows = meshes.place(mesh, rows, meshes.ROWS)
-    gradients, loss = _accumulate(*static, params, state.adapters, frozen or {}, sums, rows, client_keys, live)
+    rows = meshes.place(trainer.mesh, rows, meshes.ROWS)
+    gradients, loss = _accumulate(*_arguments(trainer, params, state, rows, client_keys, frozen, live))
     return state._replace(gradients=gradients, loss=loss)
+
+
+def lower(trainer: Trainer, params: Params, state: LocalState, rows: Rows, client_keys: Array) -> jax.stages.Lowered:
+    """:func:`accumulate` of shapes instead of arrays, for compiling ahead of time."""
+    return _accumulate.lower(*_arguments(trainer, params, state, rows, client_keys, None, None))
+
+
+def _arguments(trainer, params, state, rows, client_keys, frozen, live) -> tuple:
+    """Of :func:`_accumulate`: what is static, then arrays."""
+    static = (trainer.model, trainer.scaling, trainer.clip, trainer.grouped, trainer.mesh)
+    return (*static, params, state.adapters, frozen or {}, (state.gradients, state.loss), rows, client_keys, live)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -255,7 +264,9 @@ def _accumulate(
         added = _summed(model, scaling, clip, grouped, params, adapters, frozen, rows, client_keys, live)
     else:
         added = _summed_on(mesh, model, scaling, clip, grouped, params, adapters, frozen, rows, client_keys, live)
-    return jax.tree.map(jnp.add, sums, added)
+    total = jax.tree.map(jnp.add, sums, added)
+    # However the compiler would cut them: the next microbatch then finds what this one was compiled for.
+    return total if mesh is None else jax.lax.with_sharding_constraint(total, NamedSharding(mesh, meshes.CLIENTS))
 
 
 def _summed_on(mesh, model, scaling, clip, grouped, params, adapters, frozen, rows, client_keys, live) -> PyTree:
