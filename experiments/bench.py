@@ -42,6 +42,7 @@ from fedjax_llm import trees
 from fedjax_llm.data.packing import pack
 from fedjax_llm.errors import UserError, nearest, tell
 from fedjax_llm.experiment.compilation import use_compilation_cache
+from fedjax_llm.experiment.memory import keep_freed_memory
 from fedjax_llm.experiment.synthetic import dense_plan, training_flops
 from fedjax_llm.federation.plan import RoundPlan
 from fedjax_llm.models.loading import BaseModel, load
@@ -198,6 +199,7 @@ def main() -> int:
 def cases(bench: Bench) -> Iterator[dict[str, Any]]:
     """All cases of a run, as they are measured."""
     use_compilation_cache()
+    keep_freed_memory()
     if bench.suite == "secure":
         yield from secure_suite(bench)
         return

@@ -14,6 +14,7 @@ from fedjax_llm.experiment.compilation import use_compilation_cache
 from fedjax_llm.experiment.ground import Attacks, ground_of, trunk_of
 from fedjax_llm.experiment.leak_report import run_sections, run_table
 from fedjax_llm.experiment.measures import Tuned, measure, shadow_statistics
+from fedjax_llm.experiment.memory import keep_freed_memory
 from fedjax_llm.experiment.prepare import Load
 from fedjax_llm.experiment.stored import experiment_of
 from fedjax_llm.leakage.audit import CONTRADICTED
@@ -52,13 +53,14 @@ def attack_run(
       UserError: there is no such run, it has no adapters, or is another experiment's.
     """
     use_compilation_cache()
+    keep_freed_memory()
     experiment = _experiment(run, experiment)
     folder = adapter_folder(run, site)
     encryption.vault_of(run)
     claim = claim_of(run)
     with RunProgress(1, console) as progress:
         with progress.phase(f"Loading the model {experiment.model.name}"):
-            base = load_model(experiment.model.name, experiment.model.dtype)
+            base = load_model(experiment.model.name, experiment.model.dtype, experiment.model.quantise)
         lora, adapters = peft.read_adapter_for(folder, base.model, encryption.read)
         with progress.phase("Laying out the attacks"):
             ground = ground_of(experiment, attacks, base)

@@ -32,6 +32,7 @@ from fedjax_llm.experiment.measures import (
     untuned,
 )
 from fedjax_llm.experiment.memorisation import RESULT, Memorisation, run_memorisation
+from fedjax_llm.experiment.memory import keep_freed_memory
 from fedjax_llm.experiment.prepare import Load, Trunks
 from fedjax_llm.experiment.sweep import (
     INTERRUPTED,
@@ -133,6 +134,7 @@ def run_course(course: Course, folder: Path, console: Console, load_model: Load 
       UserError: a run in the folder has other settings, or a run fails.
     """
     use_compilation_cache()
+    keep_freed_memory()
     folder = directory.made(folder, "course")
     cells = cells_of(course, folder)
     check_settings((cell.folder, cell.experiment) for cell in cells)
@@ -206,7 +208,7 @@ def _attack_all(course: Course, folder: Path, cells: tuple[Cell, ...], load_once
     if not left and (folder / "base.json").exists():
         return
     model = course.experiment.model
-    base = load_once(model.name, model.dtype)
+    base = load_once(model.name, model.dtype, model.quantise)
     with progress.phase("Laying out the attacks"):
         ground = ground_of(course.experiment, course.attacks, base)
     field: _Field | None = None

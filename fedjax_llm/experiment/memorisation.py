@@ -24,6 +24,7 @@ from fedjax_llm.experiment.compilation import use_compilation_cache
 from fedjax_llm.experiment.ground import Attacks, Ground, ground_of
 from fedjax_llm.experiment.measures import Tuned, planted_figures
 from fedjax_llm.experiment.memorisation_report import OFTEN, memorisation_section
+from fedjax_llm.experiment.memory import keep_freed_memory
 from fedjax_llm.experiment.prepare import Load, encode, load_dataset, split_sites
 from fedjax_llm.lora import Lora
 from fedjax_llm.models.loading import BaseModel, load
@@ -106,6 +107,7 @@ def run_memorisation(attack: Memorisation, folder: Path, console: Console, load_
       UserError: the folder's results are of other settings.
     """
     use_compilation_cache()
+    keep_freed_memory()
     folder = directory.made(folder, "comparison")
     path, settings = folder / RESULT, to_json(attack)
     found: dict[str, Any] = {"attack": settings, "environment": environment.describe(), "trainings": {}}
@@ -133,7 +135,7 @@ def _bench(attack: Memorisation, progress: RunProgress, load_model: Load) -> _Be
     """Model, texts and secrets."""
     experiment = attack.experiment
     with progress.phase("Loading model and text"):
-        base = load_model(experiment.model.name, experiment.model.dtype)
+        base = load_model(experiment.model.name, experiment.model.dtype, experiment.model.quantise)
         base = base if attack.layers is None else truncated(base, attack.layers)
         attacks = Attacks(references=attack.references, beams=0, seed=attack.seed)
         sites = split_sites(experiment, load_dataset(experiment))

@@ -21,6 +21,7 @@ from fedjax_llm.experiment.finetuning import finetune
 from fedjax_llm.experiment.finish import finish, length_counts, site_counts, validation_of
 from fedjax_llm.experiment.following import follow
 from fedjax_llm.experiment.forecast import promised
+from fedjax_llm.experiment.memory import keep_freed_memory
 from fedjax_llm.experiment.prepare import Load, Prepared, Trunks, prepare
 from fedjax_llm.experiment.training_loop import Ended, Loop, run_rounds
 from fedjax_llm.federation.communication import travelling, tree_bytes
@@ -71,6 +72,7 @@ def run(
     if not hosts.first:
         return follow(experiment, hosts, console=console, load_model=load_model)
     use_compilation_cache()
+    keep_freed_memory()
     clock = CompileClock()
     config = to_json(experiment)
     folder = directory.reopen(folder, config, MAY_CHANGE) if resume else directory.create(folder, config)

@@ -1,0 +1,24 @@
+"""How the C library hands out memory: a training step frees and takes hundreds of megabytes, again and again."""
+
+import ctypes
+import sys
+
+# Parameters of mallopt(3): <malloc.h>.
+_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
+
+
+def keep_freed_memory() -> bool:
+    """Has freed memory kept for the next step, rather than given back to the system, which would clear it page by page.
+
+    On two cores it saves a tenth of a training step. Memory that was needed once stays with the process.
+
+    Returns:
+      Whether the C library could be told (glibc can).
+    """
+    if sys.platform != "linux":
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    # Large blocks from the one heap, not each from the system; and nothing of the heap given back below 2 GiB.
+    return all(mallopt(name, value) for name, value in ((_MMAP_MAX, 0), (_ARENA_MAX, 1), (_TRIM_THRESHOLD, 2**31 - 1)))
