@@ -47,11 +47,12 @@ def open_run(run: Path) -> TunedModel:
     if not (run / "adapter").is_dir():
         raise UserError(_why_no_adapter(run, config.get("setting")))
     try:
-        name, dtype, system = config["model"]["name"], config["model"]["dtype"], config["data"]["system"]
+        model, system = config["model"], config["data"]["system"]
+        name, dtype, quantise = model["name"], model["dtype"], model.get("quantise", "none")
     except (KeyError, TypeError) as missing:
         raise UserError(f"{run / directory.CONFIG} is not the configuration of a run: {missing} is missing") from None
     encryption.vault_of(run)  # a missing key is told before the model is loaded
-    base = load(name, dtype)
+    base = load(name, dtype, quantise)
     kind, adapters = peft.read_adapter_for(run / "adapter", base.model, encryption.read)
     return TunedModel(base, lora.scaled(adapters, kind.scaling), system)
 

@@ -33,9 +33,9 @@ class Plan(Experiment):
     Attributes:
       config: a Python file with ``get_config() -> Experiment``.
       calibrate: time the machine first; without it, what earlier runs have measured is used.
-      json: print one JSON object rather than a table.
+      json: print one JSON object rather than a table; with ``--topology=all``, one a line.
       topology: a TPU slice such as ``v5e:4x4`` to compile the round for, instead of timing this machine; ``all``:
-        slices of 8 to 256 chips of every kind, from shallow models of the same width.
+        slices of 8 to 256 chips of every kind; models of more than 32 layers are extrapolated from shallower ones.
     """
 
     config: str = DEFAULT

@@ -1,7 +1,6 @@
 """The part of ``experiments.plan`` that compiles for TPU slices."""
 
 import json
-from dataclasses import replace
 
 from rich.console import Console
 from rich.table import Table
@@ -25,6 +24,8 @@ _SMALLEST = {"smollm2-135m-instruct": 1, "meta-llama/Llama-3.2-1B": 1}
 
 def show_topology(experiment: Experiment, topology: str, as_json: bool, console: Console) -> None:
     """Prints what a round takes on a slice, or on all of them."""
+    if as_json:
+        console = Console(stderr=True)
     if topology == "all":
         table = _table()
         for one in everywhere(experiment, console):
@@ -45,15 +46,14 @@ def show_topology(experiment: Experiment, topology: str, as_json: bool, console:
 
 def everywhere(experiment: Experiment, console: Console) -> list[Planned]:
     """The model on every slice, its weights over as few chips as hold them."""
-    found = []
+    found, tensor = [], experiment.execution.mesh.tensor
     for kind, slices in SLICES.items():
         for fsdp in (2**n for n in range(9)):
             if fsdp < _SMALLEST.get(experiment.model.name, 4):
                 continue
-            smallest = next((one for one in slices if chips_in(one) >= max(2, fsdp)), None)
+            smallest = next((one for one in slices if chips_in(one) >= max(2, fsdp * tensor)), None)
             if smallest is None:
-                console.print(f"{experiment.model.name} does not fit any slice of {kind}.")
-                break
+                continue
             spread = on(experiment, chips_in(smallest), fsdp)
             with console.status(f"Compiling {experiment.model.name} for {smallest}, over {fsdp} chips ..."):
                 try:
@@ -65,12 +65,9 @@ def everywhere(experiment: Experiment, console: Console) -> list[Planned]:
                 larger = slices[slices.index(smallest) :]
                 found += [first if one == smallest else elsewhere(first, spread, one) for one in larger]
                 break
+        else:
+            console.print(f"{experiment.model.name} does not fit any slice of {kind}.")
     return found
-
-
-def with_model(experiment: Experiment, name: str) -> Experiment:
-    """The same round of another model."""
-    return replace(experiment, model=replace(experiment.model, name=name))
 
 
 def _rows(one: Planned) -> list[tuple[str, str]]:

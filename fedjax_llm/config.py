@@ -23,7 +23,7 @@ from fedjax_llm.errors import UserError, nearest
 from fedjax_llm.evaluation.evaluate import Evaluation
 from fedjax_llm.federation.plan import Execution, Federation
 from fedjax_llm.lora import Lora
-from fedjax_llm.models.loading import BaseType
+from fedjax_llm.models.loading import BaseType, Quantise
 from fedjax_llm.privacy.guarantee import Privacy
 from fedjax_llm.privacy.mechanism import Regime
 from fedjax_llm.runs.keys import Encryption
@@ -42,10 +42,12 @@ class Model:
     Attributes:
       name: a built-in name, a hub id, a folder, or a ``.gguf`` file.
       dtype: of the frozen weights and the activations.
+      quantise: how the matrices within layers are stored (``docs/quantised.md``).
     """
 
     name: str = "smollm2-135m-instruct"
     dtype: BaseType = "float32"
+    quantise: Quantise = dataclasses.field(default="none", metadata={"unsaid": True})  # hashes stay
 
 
 @dataclass(frozen=True)
@@ -355,9 +357,7 @@ def _check_type(value: Any, kind: Any, place: str) -> None:
             _check_type(value, rest[0], place)
     elif origin is tuple:
         if not isinstance(value, tuple):
-            raise UserError(
-                f"{place} is {value!r}, a {type(value).__name__}; it must be a tuple, such as (1, 2) or (1,)"
-            )
+            raise UserError(f"{place} is {value!r}, a {type(value).__name__}; it must be a tuple, such as (1,)")
         for number, inner in enumerate(value):
             _check_type(inner, typing.get_args(kind)[0], f"{place}[{number}]")
     elif origin is Mapping:
@@ -386,10 +386,11 @@ def in_words(value: Any) -> str:
 
 
 def to_json(value: Any) -> Any:
-    """Nested dictionaries of a configuration, each with the name of its class, as ``config.json`` holds them."""
+    """Nested dictionaries with their classes' names, for ``config.json``; ``unsaid`` fields only off their default."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return {"class": type(value).__name__} | fields
+        given = [(field, getattr(value, field.name)) for field in dataclasses.fields(value)]
+        told = {at.name: to_json(one) for at, one in given if "unsaid" not in at.metadata or one != at.default}
+        return {"class": type(value).__name__} | told
     if isinstance(value, Mapping):
         return {str(key): to_json(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

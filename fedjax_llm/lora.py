@@ -17,6 +17,7 @@ from jax import Array
 
 from fedjax_llm.errors import UserError, nearest
 from fedjax_llm.models.causal_lm import CausalLM, module_paths
+from fedjax_llm.models.quantised import dense
 from fedjax_llm.types import Adapters, Factors, Params, PyTree
 
 
@@ -218,7 +219,7 @@ def kernel_of(params: Params, path: str) -> Array:
     tree = params["layers"][int(layer)]
     for name in within.split("."):
         tree = tree[name]
-    return tree["kernel"]
+    return dense(tree["kernel"])
 
 
 def factored(change: Mapping[str, Array], lora: Lora) -> tuple[Lora, Adapters]:
@@ -312,7 +313,7 @@ def merge(params: Params, adapters: Adapters, scaling: float) -> Params:
 def _with_kernel(tree: Mapping[str, PyTree], path: list[str], change: Array) -> PyTree:
     """A copy of a layer's tree in which the kernel at ``path`` has ``change`` added."""
     if not path:
-        kernel = tree["kernel"]
+        kernel = dense(tree["kernel"])
         return {**tree, "kernel": (kernel.astype(jnp.float32) + change).astype(kernel.dtype)}
     return {**tree, path[0]: _with_kernel(tree[path[0]], path[1:], change)}
 
@@ -348,7 +349,10 @@ def products(adapters: Adapters) -> dict[str, Array]:
 
 
 def add(params: Params, change: Mapping[str, Array]) -> Params:
-    """Weights with ``change`` [in, out] added to the kernels of the named modules. The input is left as it is."""
+    """Weights with ``change`` [in, out] added to the kernels of the named modules. The input is left as it is.
+
+    Kernels that are quantised are dequantised for it, and stay so: rounding them again would lose small changes.
+    """
     layers = list(params["layers"])
     for path, added in change.items():
         _, layer, within = path.split(".", 2)

@@ -18,6 +18,7 @@ from fedjax_llm.data.packing import Bins
 from fedjax_llm.errors import UserError
 from fedjax_llm.models import sharding
 from fedjax_llm.models.causal_lm import CausalLM
+from fedjax_llm.models.quantised import Quantised
 from fedjax_llm.types import Params, PyTree
 
 AXES = ("clients", "fsdp", "tensor")
@@ -104,8 +105,25 @@ def param_shardings(model: CausalLM, mesh: Mesh) -> PyTree:
 
 
 def place_params(model: CausalLM, mesh: Mesh, params: Params) -> Params:
-    """The weights, spread over the devices."""
-    return jax.device_put(params, param_shardings(model, mesh))
+    """The weights, spread over the devices: codes and scales of a quantised one as it would be itself.
+
+    Raises:
+      UserError: a quantised weight would be cut within a block.
+    """
+    shardings = param_shardings(model, mesh)
+    jax.tree.map(_check_blocks, shardings, params)
+    return jax.device_put(params, shardings)
+
+
+def _check_blocks(sharding: NamedSharding, weight: PyTree) -> None:
+    """Refuses parts that do not hold whole blocks."""
+    axis = sharding.spec[0] if isinstance(weight, Quantised) else None
+    if axis is not None and weight.scales.shape[0] % sharding.mesh.shape[axis]:
+        blocks, inputs = weight.scales.shape[0], weight.shape[0]
+        raise UserError(
+            f"execution.mesh.{axis} is {sharding.mesh.shape[axis]}, which does not divide the {blocks} blocks of "
+            f"{inputs // blocks} inputs of a quantised matrix; choose a divisor, or set model.quantise to 'none'"
+        )
 
 
 def manual_specs(model: CausalLM, mesh: Mesh) -> PyTree:

@@ -13,10 +13,10 @@ _KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
 _INSTRUCTION = re.compile(
     rf"%(?P<name>[\w.-]+) = (?P<result>.*?) (?P<kind>{_KINDS})(?P<start>-start)?\((?P<rest>.*)$", re.MULTILINE
 )
-_ARRAY = re.compile(r"(?P<type>pred|[suf]\d+|bf16)\[(?P<sizes>[\d,]*)\]")
+_ARRAY = re.compile(r"(?P<type>pred|[a-z]+\d+\w*)\[(?P<sizes>[\d,]*)\]")
 _GROUPS = re.compile(r"replica_groups=(?P<groups>\{\{.*?\}\}|\[[\d,]+\]<=\[[\d,]+\](T\([\d,]+\))?)")
+_PAIRS = re.compile(r"source_target_pairs=\{(?P<pairs>\{.*?\})\}")
 _CHAIN = re.compile(r'chain_id="(\d+)"')
-_BITS = {"pred": 8, "bf16": 16}
 
 
 class Collective(NamedTuple):
@@ -52,7 +52,7 @@ def collectives(text: str, mesh: Mesh) -> Counter[Collective]:
             chains.add(chain[1])
         axes = _axes(match["rest"], mesh)
         if axes:
-            found[Collective(match["kind"], axes, _bytes(match["result"], bool(match["start"])))] += 1
+            found[Collective(match["kind"], axes, _bytes(match["result"], match["kind"], bool(match["start"])))] += 1
     return found
 
 
@@ -67,24 +67,34 @@ def seconds(found: Mapping[Collective, int], mesh: Mesh, links: float) -> float:
     total = 0.0
     for one, count in found.items():
         devices = math.prod(mesh.shape[axis] for axis in one.axes)
-        passes = 2.0 if one.kind == "all-reduce" else 1.0
-        total += count * passes * one.size * (devices - 1) / devices / links
+        total += count * one.size * _sent(one.kind, devices) / links
     return total
 
 
+def _sent(kind: str, devices: int) -> float:
+    """What a device of a ring sends, in sizes of the result."""
+    if kind == "collective-permute":
+        return 1.0
+    if kind == "reduce-scatter":  # whose result is one of as many parts
+        return devices - 1.0
+    return (2.0 if kind == "all-reduce" else 1.0) * (devices - 1) / devices
+
+
 def _axes(rest: str, mesh: Mesh) -> tuple[str, ...]:
-    """The axes along which the devices of the first group differ."""
-    found = _GROUPS.search(rest)
-    group = np.arange(mesh.size) if found is None else _first_group(found["groups"])
-    places = np.array(np.unravel_index(group, mesh.devices.shape))
-    return tuple(axis for axis, row in zip(mesh.axis_names, places, strict=True) if len(set(row.tolist())) > 1)
+    """The axes along which devices of a group differ, or a sender and who receives."""
+    if pairs := _PAIRS.search(rest):
+        groups = np.array([_numbers(pair) for pair in re.findall(r"\{([\d,]+)\}", pairs["pairs"])])
+    else:
+        found = _GROUPS.search(rest)
+        groups = np.arange(mesh.size)[None] if found is None else _first_group(found["groups"])[None]
+    places = np.unravel_index(groups, mesh.devices.shape)
+    return tuple(axis for axis, at in zip(mesh.axis_names, places, strict=True) if (at != at[:, :1]).any())
 
 
 def _first_group(groups: str) -> np.ndarray:
     """Of ``{{0,1},{2,3}}`` or ``[2,2]<=[4]T(1,0)`` (an array of shape 4, transposed, in rows of 2)."""
     if groups.startswith("{"):
-        first = groups[2:].split("}")[0]
-        return np.array([int(word) for word in first.split(",") if word])
+        return np.array(_numbers(groups[2:].split("}")[0]))
     shape, source = (_numbers(part) for part in re.findall(r"\[([\d,]+)\]", groups)[:2])
     ids = np.arange(math.prod(source)).reshape(source)
     if order := re.search(r"T\(([\d,]+)\)", groups):
@@ -97,16 +107,19 @@ def _numbers(text: str) -> list[int]:
     return [int(word) for word in text.split(",")]
 
 
-def _bytes(result: str, start: bool) -> int:
-    """Of the result's arrays; what begins an exchange also lists its operands, of which the largest is the result."""
-    sizes = [_array_bytes(match["type"], match["sizes"]) for match in _ARRAY.finditer(result)]
-    return max(sizes, default=0) if start else sum(sizes)
+def _bytes(result: str, kind: str, start: bool) -> int:
+    """Of the result's arrays; what begins an exchange lists its operands first, and may end with u32 scalars."""
+    arrays = [(match["type"], match["sizes"]) for match in _ARRAY.finditer(result)]
+    if start and kind != "all-reduce":
+        arrays = [one for one in arrays if one != ("u32", "")]
+        arrays = arrays[len(arrays) // 2 :]
+    return sum(_array_bytes(*one) for one in arrays)
 
 
 def _array_bytes(kind: str, sizes: str) -> int:
     """Of one array."""
-    bits = _BITS.get(kind) or int(re.sub(r"\D", "", kind))
-    return math.prod(_numbers(sizes)) * bits // 8 if sizes else bits // 8
+    bits = 8 if kind == "pred" else int(re.findall(r"\d+", kind)[0])
+    return math.prod(_numbers(sizes) if sizes else []) * bits // 8
 
 
 def in_rows(found: Mapping[Collective, int]) -> Sequence[tuple[str, str, int, int]]:

@@ -15,7 +15,6 @@ from fedjax_llm.data.known_texts import KnownText, known_texts, words_replaced, 
 from fedjax_llm.errors import UserError
 from fedjax_llm.experiment.compilation import use_compilation_cache
 from fedjax_llm.experiment.leak_report import table
-from fedjax_llm.experiment.prepare import Load
 from fedjax_llm.leakage.extraction import (
     common_prefix,
     discoverable,
@@ -85,7 +84,9 @@ class Passage(NamedTuple):
     tokens: np.ndarray
 
 
-def run_open_model(attack: OpenModel, folder: Path, console: Console, load_model: Load = load) -> int:
+def run_open_model(
+    attack: OpenModel, folder: Path, console: Console, load_model: Callable[[str, BaseType], BaseModel] = load
+) -> int:
     """Prompts the model with every text, and writes ``open_model.json``, ``leakage.html`` and ``leakage.md``.
 
     Args:

@@ -104,6 +104,8 @@ def pod_of(experiment: Experiment, devices: Any, layers: int | None = None) -> P
     Raises:
       UserError: the mesh does not fit the model or the devices, or the mechanism refuses.
     """
+    if experiment.model.quantise != "none":
+        raise UserError("slices are planned for bf16 or f32 weights; set model.quantise to 'none'")
     shape, execution, model = experiment.execution.mesh, experiment.execution, model_of(experiment, layers)
     meshes.check_fits(model, shape)
     if shape.size == 1:
@@ -124,8 +126,8 @@ def pod_of(experiment: Experiment, devices: Any, layers: int | None = None) -> P
     }
     params = _weights(model, mesh, jnp.dtype(experiment.model.dtype))
     length = experiment.data.max_length
-    rows = max(1, execution.tokens_per_microbatch // length) * shape.bins.count
-    return Pod(trainer, params, adapters, _rows(mesh, rows, length, rows * length // 2), slots)
+    rows, bins = max(1, execution.tokens_per_microbatch // length), shape.bins.count
+    return Pod(trainer, params, adapters, _rows(mesh, rows * bins, length, rows * length // 2 * bins), slots)
 
 
 def compiled(pod: Pod) -> list[Program]:
@@ -139,10 +141,12 @@ def compiled_ends(pod: Pod) -> list[Program]:
 
 
 def argument_bytes(pod: Pod) -> dict[str, int]:
-    """Bytes that one device holds while it trains: its part of the weights, and its clients' states."""
+    """Bytes that one device holds while it trains: its part of the weights; its clients' states, and their start."""
     state = jax.eval_shape(lambda a: client_update.start(pod.trainer, a), pod.adapters)
     slots = pod.slots // _mesh(pod).shape["clients"]
-    own = sum(math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) * slots
+    own = (
+        sum(math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in jax.tree.leaves((state, pod.adapters))) * slots
+    )
     weights = sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(pod.params)
     )

@@ -1,7 +1,9 @@
 """Whether a round fits a TPU slice, what its chips send each other, and how long it should take: compiled, not run.
 
 Times are rooflines (Williams et al. 2009): what arithmetic, memory and links would each take at the rates of the
-maker's data sheet. The longest of the three bounds from below what it takes, if they overlap perfectly.
+maker's data sheet. The longest of the three is what it takes if they overlap perfectly. Bytes of memory are as the
+compiler counts them, which takes some traffic within the chip for traffic with its memory; links are taken as if all
+of a chip's worked for one exchange.
 """
 
 import math
@@ -18,7 +20,7 @@ _ROOM = 0.95
 _ARGUMENTS = 0.7
 """Of a chip's memory, what weights and clients may take for a compilation to be worth its while."""
 _DEPTHS = (8, 16)
-"""Layers that are compiled where all of them would take too long. Shallower models would mislead: their peak of memory is
+"""Layers that are compiled where all of them take too long. Shallower models would mislead: their peak of memory is
 at the output layer, that of deep ones at what the backward pass keeps."""
 _MOST = 32
 """Layers that are compiled at most."""
@@ -129,13 +131,12 @@ def elsewhere(found: Planned, experiment: Experiment, topology: str) -> Planned:
     chips, parts = chips_in(topology), found.mesh[1] * found.mesh[2]
     groups, chip = chips // parts, chip_of(topology)
     assert chip.memory == found.memory, "the same chips"
-    more = groups / found.mesh[0]
     return replace(
         found,
         topology=topology,
         mesh=(groups, *found.mesh[1:]),
-        microbatch=(int(found.microbatch[0] * more), found.microbatch[1]),
-        tokens_per_second=found.tokens_per_second * more,
+        microbatch=(found.microbatch[0] * groups // found.mesh[0], found.microbatch[1]),
+        tokens_per_second=found.tokens_per_second * groups / found.mesh[0],
     )
 
 

@@ -28,7 +28,7 @@ from fedjax_llm.federation.hosts import ALONE, Hosts, here
 from fedjax_llm.federation.plan import RoundPlan
 from fedjax_llm.lora import Lora
 from fedjax_llm.models.causal_lm import lowest_adapted
-from fedjax_llm.models.loading import BaseModel, BaseType, load
+from fedjax_llm.models.loading import BaseModel, BaseType, Quantise, load
 from fedjax_llm.privacy import noise
 from fedjax_llm.privacy.ledger import config_hash
 from fedjax_llm.privacy.mechanism import Mechanism, Population
@@ -37,8 +37,8 @@ from fedjax_llm.runs.progress import RunProgress
 from fedjax_llm.training.trunk import TrunkCache
 from fedjax_llm.types import Adapters
 
-Load = Callable[[str, BaseType], BaseModel]
-"""Name and dtype -> the base model."""
+Load = Callable[[str, BaseType, Quantise], BaseModel]
+"""Name, dtype and how matrices are stored -> the base model."""
 Trunks = dict[tuple, TrunkCache]
 """Trunks by all that their states depend on, for the runs of one process."""
 
@@ -165,7 +165,7 @@ def _held_out(
 def _base(experiment: Experiment, progress: RunProgress, load_model: Load) -> BaseModel:
     """The model, whose context must hold the longest example."""
     with progress.phase(f"Loading the model {experiment.model.name}"):
-        base = load_model(experiment.model.name, experiment.model.dtype)
+        base = load_model(experiment.model.name, experiment.model.dtype, experiment.model.quantise)
         base = replace(base, model=replace(base.model, remat=experiment.execution.remat))
         mesh = meshes.make(experiment.execution.mesh)
         if mesh is not None:

@@ -16,9 +16,10 @@ class Chip(NamedTuple):
       flops: bf16 operations a second.
       memory: bytes of HBM.
       bandwidth: of HBM, bytes a second.
-      links: between chips, bytes a second, all links of a chip together.
-      accelerator: how the environment names a slice of so many chips (v5p counts cores).
-      name: of the device in jax.
+      links: between chips, bytes a second out of a chip, all its links together; as many come in (the sheets give
+        both directions together, which is twice as much).
+      accelerator: how the environment names a kind of slice; the number that follows it counts
+      cores: of which a chip has so many.
     """
 
     flops: float
@@ -32,7 +33,7 @@ class Chip(NamedTuple):
 CHIPS = {
     "v5e": Chip(197e12, 16e9, 819e9, 200e9, "v5litepod"),
     "v5p": Chip(459e12, 95e9, 2765e9, 600e9, "v5p", cores=2),
-    "v6e": Chip(918e12, 32e9, 1640e9, 448e9, "v6e"),
+    "v6e": Chip(918e12, 32e9, 1638e9, 400e9, "v6e"),
 }
 
 

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from fedjax_llm.models.quantised import Quantised, dense, product
+
 
 class Projection(nn.Module):
     """A frozen linear map ``x W (+ bias)``, plus ``(x a) b`` where the ``lora`` collection holds factors for it.
@@ -23,8 +25,10 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, x: Array, dropout_keys: Array | None = None) -> Array:
         """[M, L, D] -> [M, L, F]. ``dropout_keys`` [M] are given in training only."""
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
-        y = x @ kernel
+        kernel = self.get_variable("params", "kernel")
+        if not isinstance(kernel, Quantised):
+            kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        y = product(x, kernel)
         if self.has_variable("lora", "a"):
             low = x.astype(jnp.float32)
             if self.dropout and dropout_keys is not None:
@@ -37,14 +41,14 @@ class Projection(nn.Module):
             y = y + self.param("bias", nn.initializers.zeros, (self.features,))
         return y
 
-    def _stretch(self, kernel: Array) -> Array:
+    def _stretch(self, kernel: Array | Quantised) -> Array:
         """DoRA's factor of every output, [F] or [M, 1, F]: its magnitude over the norm of its weights ``W + a b``.
 
         The norm is a constant in the backward pass (Liu et al. 2024, equation 11), and never formed from ``a b``, which
         would take a matrix for every row.
         """
         a, b, magnitude = (self.get_variable("lora", name) for name in ("a", "b", "m"))
-        wide = kernel.astype(jnp.float32)
+        wide = dense(kernel).astype(jnp.float32)
         across = jnp.einsum("df,...dr->...rf", wide, a)  # W' a, with which <W, a b> is a sum over R
         squared = jnp.sum(jnp.square(wide), axis=0) + 2 * jnp.sum(across * b, axis=-2)
         squared += jnp.sum((jnp.swapaxes(a, -1, -2) @ a @ b) * b, axis=-2)

@@ -19,6 +19,7 @@ from fedjax_llm.errors import UserError
 from fedjax_llm.models.causal_lm import CausalLM
 from fedjax_llm.models.checkpoint import Checkpoint, LazyTensors
 from fedjax_llm.models.family import Family, Weight, family_of
+from fedjax_llm.models.quantised import Quantise, quantise
 from fedjax_llm.models.tokenizer import Tokenizer
 from fedjax_llm.types import Params
 
@@ -51,12 +52,13 @@ class BaseModel:
     size: int
 
 
-def load(name: str, dtype: BaseType = "float32") -> BaseModel:
+def load(name: str, dtype: BaseType = "float32", quantised: Quantise = "none") -> BaseModel:
     """The base model called ``name``: a built-in name, a hub id, a folder or a ``.gguf`` file.
 
     Args:
       name: see ``sources.open_checkpoint``.
       dtype: of the weights, and so of the activations.
+      quantised: how the matrices within layers are stored; embeddings, norms and biases have ``dtype``.
 
     Raises:
       UserError: unknown, unreachable, unsupported, damaged or incomplete.
@@ -70,18 +72,20 @@ def load(name: str, dtype: BaseType = "float32") -> BaseModel:
     config = family.config_from_hf(checkpoint.config)
     if name in BUILT_IN or name.endswith(".gguf"):
         checkpoint = converted(checkpoint)
-    params = read_params(checkpoint, family, config, dtype)
+    params = read_params(checkpoint, family, config, dtype, quantised)
     return BaseModel(
         model=CausalLM(family, config),
         params=params,
         tokenizer=_checked_tokenizer(checkpoint, config),
         name=name,
-        fingerprint=checkpoint.fingerprint,
+        fingerprint=checkpoint.fingerprint + ("" if quantised == "none" else f", {quantised}"),
         size=sum(int(np.prod(shape)) for shape in _expected(family, config).values()),
     )
 
 
-def read_params(checkpoint: Checkpoint, family: Family, config: Any, dtype: BaseType) -> Params:
+def read_params(
+    checkpoint: Checkpoint, family: Family, config: Any, dtype: BaseType, quantised: Quantise = "none"
+) -> Params:
     """The parameter tree of a checkpoint; every tensor is read exactly once.
 
     Raises:
@@ -96,7 +100,11 @@ def read_params(checkpoint: Checkpoint, family: Family, config: Any, dtype: Base
             place = params if layer is None else params["layers"][layer]
             for key in weight.path[:-1]:
                 place = place.setdefault(key, {})
-            place[weight.path[-1]] = jnp.asarray(array.T if weight.transpose else array, dtype)
+            array = array.T if weight.transpose else array
+            if quantised != "none" and weight.path[-1] == "kernel":
+                place[weight.path[-1]] = quantise(array, quantised, dtype, weight.name.format(layer=layer))
+            else:
+                place[weight.path[-1]] = jnp.asarray(array, dtype)
     return params
 
 

@@ -44,12 +44,10 @@ def gather(family: Family, config: Any, params: Params, axis: str, *, of_layer: 
     axes = tree(family, config, fsdp_axis)
     axes = axes["layers"][0] if of_layer else {name: axes[name] for name in params}
 
-    def whole(part: jax.Array, cut: int) -> jax.Array:
-        if cut < 0:
-            return part
-        return jax.lax.all_gather(part, axis, axis=cut, tiled=True)
+    def whole(cut: int, part: PyTree) -> PyTree:  # an array, or the codes and scales of one
+        return part if cut < 0 else jax.lax.all_gather(part, axis, axis=cut, tiled=True)
 
-    return jax.tree.map(whole, params, axes)
+    return jax.tree.map(whole, axes, params)
 
 
 def fsdp_axis(weight: Weight) -> int:

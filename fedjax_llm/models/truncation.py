@@ -6,6 +6,7 @@ import jax
 
 from fedjax_llm.errors import UserError
 from fedjax_llm.models.loading import BaseModel
+from fedjax_llm.models.quantised import is_quantised
 
 
 def truncated(base: BaseModel, layers: int) -> BaseModel:
@@ -28,5 +29,5 @@ def truncated(base: BaseModel, layers: int) -> BaseModel:
         params=params,
         name=f"{base.name}, first {layers} of {count} layers",
         fingerprint=f"{base.fingerprint}, {layers} layers",
-        size=sum(leaf.size for leaf in jax.tree.leaves(params)),
+        size=sum(leaf.size for leaf in jax.tree.leaves(params, is_leaf=is_quantised)),
     )

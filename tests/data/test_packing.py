@@ -1,11 +1,12 @@
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedjax_llm.data.packing import Shape, choose_shapes, pack, target_count
+from fedjax_llm.data.packing import Bins, Microbatch, Shape, choose_shapes, pack, target_count
 from fedjax_llm.data.records import EncodedExample
 
 LONGEST = 45
@@ -219,3 +220,105 @@ def test_padding_is_little_more_than_the_bucket_edges_cost(clients, steps, most)
     assert sum(batch.real_tokens for batch in microbatches) == sum(lengths)
     assert (padded - bound) / padded < most
     assert 1 - sum(lengths) / bound < 0.12
+
+
+# Bins.
+
+
+def arrays(batch: Microbatch) -> dict[str, np.ndarray]:
+    return {name: value for name, value in vars(batch).items() if isinstance(value, np.ndarray)}
+
+
+def binned(work, tokens, buckets, bins, **options):
+    """Shapes, the number of slots and the microbatches of units of at most three rows."""
+    every = [one for unit in flat(work) for one in unit] or [EncodedExample("r", np.ones(2, np.int32), 1)]
+    sizes = {"tokens_per_microbatch": tokens, "buckets": buckets, "rows_of_unit": 3}
+    shapes = choose_shapes(every, **sizes, bins=bins.count)
+    slots = -(-len(work) // bins.groups) * bins.groups
+    return shapes, slots, list(pack(work, shapes, clients=slots, bins=bins, **options))
+
+
+@settings(max_examples=60)
+@given(
+    work=private_works,
+    tokens=st.integers(20, 200),
+    buckets=st.integers(1, 3),
+    bins=st.builds(Bins, st.integers(1, 3), st.integers(1, 3)),
+)
+def test_every_unit_is_in_one_bin_of_its_clients_group(work, tokens, buckets, bins):
+    """Every row once, in order of the steps; what a bin counts it counts within itself; the rest is padding."""
+    shapes, slots, batches = binned(work, tokens, buckets, bins)
+    seen, finished = [], []
+    for batch in batches:
+        assert Shape(*batch.tokens.shape, len(batch.target_row)) in shapes
+        rows, targets = len(batch.tokens) // bins.count, len(batch.target_row) // bins.count
+        assert rows * bins.count == len(batch.tokens)
+        for place in range(bins.count):
+            part = slice(place * rows, (place + 1) * rows)
+            own = replace(
+                batch,
+                examples=batch.examples[part],
+                **{name: getattr(batch, name)[part] for name in ("tokens", "client", "step", "index", "unit")},
+                **{
+                    name: value[place * targets : (place + 1) * targets]
+                    for name, value in arrays(batch).items()
+                    if name.startswith("target")
+                },
+            )
+            units_of_bin = check_bin(own, work)
+            seen += units_of_bin
+            group = place // bins.each
+            assert {client * bins.groups // slots for client, _, _ in units_of_bin} <= {group}
+        finished += [(int(c), int(batch.finished_step[c])) for c in np.flatnonzero(batch.finished)]
+    expected = [(c, s, u) for c, steps in enumerate(work) for s, step in enumerate(steps) for u in range(len(step))]
+    assert sorted(seen) == expected
+    for c in range(len(work)):
+        assert [s for client, s in finished if client == c] == list(range(len(work[c])))
+
+
+def check_bin(own, work):
+    """The units of a bin, as (client, step, place); the rows without examples have no target, and no unit's number."""
+    rows = len(own.tokens)
+    assert ((own.target_row >= 0) & (own.target_row < rows)).all()
+    assert ((own.unit >= 0) & (own.unit < rows)).all()
+    real = np.array([m for m, example in enumerate(own.examples) if len(example.tokens) > 1], int)
+    rest = np.setdiff1d(np.arange(rows), real)
+    assert not own.tokens[rest].any()
+    assert not own.target_weight[np.isin(own.target_row, rest)].any()
+    assert not set(own.unit[rest].tolist()) & set(own.unit[real].tolist())
+    return [check_unit(own, real[own.unit[real] == number], work) for number in np.unique(own.unit[real])]
+
+
+@settings(max_examples=30)
+@given(work=private_works, tokens=st.integers(20, 200), each=st.integers(1, 4), per_token=st.booleans())
+def test_steps_end_with_the_same_denominators_in_any_number_of_bins(work, tokens, each, per_token):
+    def ends(bins):
+        _, _, batches = binned(work, tokens, 2, bins, per_token=per_token)
+        done = [
+            (int(c), int(batch.finished_step[c]), float(batch.denominator[c]))
+            for batch in batches
+            for c in np.flatnonzero(batch.finished)
+        ]
+        return sorted(done), sum(batch.real_tokens for batch in batches)
+
+    assert ends(Bins(2, each)) == ends(Bins())
+
+
+@settings(max_examples=30)
+@given(work=private_works, tokens=st.integers(20, 200), bins=st.builds(Bins, st.integers(1, 3), st.integers(1, 3)))
+def test_shapes_of_bins_are_multiples_of_those_of_one(work, tokens, bins):
+    every = [one for unit in flat(work) for one in unit] or [EncodedExample("r", np.ones(2, np.int32), 1)]
+    one = choose_shapes(every, tokens_per_microbatch=tokens, buckets=2, rows_of_unit=3)
+    many = choose_shapes(every, tokens_per_microbatch=tokens, buckets=2, rows_of_unit=3, bins=bins.count)
+    assert many == tuple(Shape(s.rows * bins.count, s.length, s.targets * bins.count) for s in one)
+
+
+def test_every_group_is_filled_side_by_side():
+    """Bins of one group do not wait for those of another: with equal work all are filled alike."""
+    rng = np.random.default_rng(3)
+    work = [[[random_example(rng, 32, 32) for _ in range(4)]] for _ in range(4)]
+    shapes = choose_shapes(flat(work), tokens_per_microbatch=128, buckets=1, bins=4)
+    (batch,) = pack(work, shapes, clients=4, bins=Bins(2, 2))
+    assert batch.client.reshape(4, 4).tolist() == [[0] * 4, [1] * 4, [2] * 4, [3] * 4]
+    assert batch.unit.reshape(4, 4).tolist() == [[0, 1, 2, 3]] * 4
+    assert batch.finished.all()

@@ -253,7 +253,7 @@ def test_odd_shadows_are_refused():
 def refused(folder, message, **options):
     """Before a model is loaded."""
 
-    def load(name, dtype):
+    def load(name, dtype, quantise):
         pytest.fail("loads a model")
 
     with pytest.raises(UserError, match=message):

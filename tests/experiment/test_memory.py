@@ -23,7 +23,8 @@ print(int(kept), faults())
 
 
 def run(keep: bool) -> list[int]:
-    done = subprocess.run([sys.executable, "-c", _PROGRAM.format(keep=keep)], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", _PROGRAM.format(keep=keep)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return [int(word) for word in done.stdout.split()]
 
 
