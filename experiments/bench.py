@@ -42,7 +42,7 @@ from fedjax_llm import trees
 from fedjax_llm.data.packing import pack
 from fedjax_llm.errors import UserError, nearest, tell
 from fedjax_llm.experiment.compilation import use_compilation_cache
-from fedjax_llm.experiment.memory import keep_freed_memory
+from fedjax_llm.experiment.memory import keep_freed_memory, release_freed_memory
 from fedjax_llm.experiment.synthetic import dense_plan, training_flops
 from fedjax_llm.federation.plan import RoundPlan
 from fedjax_llm.models.loading import BaseModel, load
@@ -100,6 +100,7 @@ def matmul_peak() -> float:
 
 def peak_during(work: Work) -> int | None:
     """Peak resident memory of this process in bytes during one call; ``None`` where the system cannot tell."""
+    release_freed_memory()
     try:
         _FORGET_PEAK.write_text("5")
     except OSError:

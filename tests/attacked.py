@@ -29,7 +29,7 @@ OFTEN = 16
 ATTACKS = Attacks(candidates=16, references=15, beams=2, tokens_per_microbatch=2048)
 
 
-def load_tiny(name: str, dtype: str, quantise: str) -> BaseModel:
+def load_tiny(name: str, dtype: str, quantise: str = "none") -> BaseModel:
     """In place of ``loading.load``: random weights, wide enough to learn a text by heart."""
     return tiny_base(width=64)
 

@@ -7,6 +7,13 @@ import sys
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
 
+def release_freed_memory() -> None:
+    """Gives back what is kept, so that a peak can be measured from there."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 def keep_freed_memory() -> bool:
     """Has freed memory kept for the next step, rather than given back to the system, which would clear it page by page.
 

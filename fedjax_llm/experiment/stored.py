@@ -79,7 +79,7 @@ def _value(stored: Any, place: str) -> Any:
 def _classes() -> dict[str, type]:
     """The dataclasses that configurations are made of, by name."""
     found: dict[str, type] = {}
-    modules = [importlib.import_module("fedjax_llm.config"), importlib.import_module("fedjax_llm.lora")]
+    modules = [importlib.import_module(f"fedjax_llm.{name}") for name in ("config", "lora", "mesh")]
     for room in (*_ROOMS, *_MORE):
         package = importlib.import_module(f"{fedjax_llm.__name__}.{room}")
         names = [info.name for info in pkgutil.iter_modules(package.__path__, package.__name__ + ".")]

@@ -29,8 +29,8 @@ class CausalLM:
       dropout: probability with which a component of an adapter's input is dropped in training.
       remat: what the backward pass computes again, to save memory: nothing; all but the results of matrix products; or
         whole blocks.
-      gathered_over: the axis of a mesh over whose devices the weights are spread, inside of ``jax.shard_map``: each
-        layer's are gathered when they are used, forward and backward, and kept no longer (Zhao et al. 2023).
+      gathered_over: the axis of a mesh over whose devices the layers' weights are spread, inside of ``jax.shard_map``:
+        each layer's are gathered when they are used, forward and backward, and kept no longer (Zhao et al. 2023).
     """
 
     family: Family
@@ -69,7 +69,7 @@ class CausalLM:
         if below is not None:
             x, first = below, lowest_adapted(adapters)
         x = self._blocks(params, adapters, range(first, layers), x, terms, mask, dropout_keys)
-        return self.family.finish(self.config, self.outer(params), x)
+        return self.family.finish(self.config, params, x)
 
     def trunk(
         self, params: Params, tokens: Array, layers: int, positions: Array | None = None, mask: Array | None = None
@@ -98,8 +98,7 @@ class CausalLM:
         every = jnp.arange(tokens.shape[1])
         if mask is None:
             mask = visible(every, every, self.config.window)[None]
-        outer = self.outer(params)
-        x, terms = self.family.embed(self.config, outer, tokens, every if positions is None else positions)
+        x, terms = self.family.embed(self.config, params, tokens, every if positions is None else positions)
         return x, terms, mask
 
     def _blocks(
@@ -136,16 +135,9 @@ class CausalLM:
     def _apply_gathered(self, block: nn.Module, variables: PyTree, *rest: Any) -> tuple[Array, PyTree]:
         """One layer, whose weights are brought together first where they are spread."""
         if self.gathered_over is not None:
-            weights = sharding.gather(self.family, self.config, variables["params"], self.gathered_over, of_layer=True)
+            weights = sharding.gather_layer(self.family, self.config, variables["params"], self.gathered_over)
             variables = {**variables, "params": weights}
         return _apply_block(block, variables, *rest)
-
-    def outer(self, params: Params) -> Params:
-        """The weights outside of layers, all of each where they are spread."""
-        outer = {name: leaf for name, leaf in params.items() if name != "layers"}
-        if self.gathered_over is None:
-            return outer
-        return sharding.gather(self.family, self.config, outer, self.gathered_over, of_layer=False)
 
     def logits(self, params: Params, hidden: Array) -> Array:
         """[K, D] -> [K, V] in f32."""

@@ -13,9 +13,10 @@ from fedjax_llm.models.quantised import Quantised, dense, product
 class Projection(nn.Module):
     """A frozen linear map ``x W (+ bias)``, plus ``(x a) b`` where the ``lora`` collection holds factors for it.
 
-    The factors are f32 [D, R] and [R, F], or [M, D, R] and [M, R, F] where every row has its own (a ``Factors`` of
-    ``types.py`` with the scaling folded in). The low-rank path is computed in f32 whatever the base's type. With
-    magnitudes ``m`` [F] or [M, F] (DoRA), every output is scaled so that its weights ``W + a b`` have that norm.
+    ``W`` may be quantised; then all that follows is of the weights that its codes stand for. The factors are f32 [D, R]
+    and [R, F], or [M, D, R] and [M, R, F] where every row has its own (a ``Factors`` of ``types.py`` with the scaling
+    folded in). The low-rank path is computed in f32 whatever the base's type. With magnitudes ``m`` [F] or [M, F]
+    (DoRA), every output is scaled so that its weights ``W + a b`` have that norm.
     """
 
     features: int

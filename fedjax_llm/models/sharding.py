@@ -31,23 +31,32 @@ def specs(family: Family, config: Any, tensor: int) -> PyTree:
     return tree(family, config, lambda weight: _spec(weight, tensor))
 
 
-def gather(family: Family, config: Any, params: Params, axis: str, *, of_layer: bool) -> Params:
-    """All of weights of which every device holds a part, inside of ``jax.shard_map``.
+def gather_layer(family: Family, config: Any, layer: Params, axis: str) -> Params:
+    """All of a layer's weights, of which every device holds a part, inside of ``jax.shard_map``.
 
     Args:
       family: of the model.
       config: of the model.
-      params: its parts of the weights.
+      layer: the parts of its weights.
       axis: of the mesh over which they are spread.
-      of_layer: whether ``params`` are those of a layer, or those outside of layers.
     """
+    return _gather(tree(family, config, fsdp_axis)["layers"][0], layer, axis)
+
+
+def gather_outer(family: Family, config: Any, params: Params, axis: str) -> Params:
+    """The same for all weights outside of layers; the layers stay in parts."""
     axes = tree(family, config, fsdp_axis)
-    axes = axes["layers"][0] if of_layer else {name: axes[name] for name in params}
+    outer = {name: _gather(axes[name], params[name], axis) for name in params if name != "layers"}
+    return outer | {"layers": params["layers"]}
+
+
+def _gather(axes: PyTree, parts: PyTree, axis: str) -> PyTree:
+    """Whole weights."""
 
     def whole(cut: int, part: PyTree) -> PyTree:  # an array, or the codes and scales of one
         return part if cut < 0 else jax.lax.all_gather(part, axis, axis=cut, tiled=True)
 
-    return jax.tree.map(whole, axes, params)
+    return jax.tree.map(whole, axes, parts)
 
 
 def fsdp_axis(weight: Weight) -> int:

@@ -22,6 +22,7 @@ from fedjax_llm import mesh as meshes
 from fedjax_llm import trees
 from fedjax_llm.data.packing import Microbatch
 from fedjax_llm.errors import UserError
+from fedjax_llm.models import sharding
 from fedjax_llm.models.causal_lm import CausalLM
 from fedjax_llm.privacy import noise as noises
 from fedjax_llm.privacy.clipping import Clip, clip_units
@@ -275,7 +276,10 @@ def _summed_on(mesh, model, scaling, clip, grouped, params, adapters, frozen, ro
 
     def one_device(params, adapters, frozen, rows, client_keys, live):
         rows = rows._replace(client=rows.client % client_keys.shape[0])  # slots of this group, in equal parts
-        own = replace(model, gathered_over="fsdp" if spread else None)
+        own = model
+        if spread:
+            own = replace(model, gathered_over="fsdp")
+            params = sharding.gather_outer(model.family, model.config, params, "fsdp")
         summed = _summed(own, scaling, clip, grouped, params, adapters, frozen, rows, client_keys, live)
         return jax.lax.psum(summed, "fsdp") if spread else summed
 

@@ -4,7 +4,6 @@ The gradient of the summed row losses with respect to the rows' own copies of th
 gradients; see ``docs/design.md``, section 1.
 """
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -70,9 +69,7 @@ def row_losses(
     whole = low_rank.scaled(low_rank.join(adapters, frozen or {}), scaling)
     hidden = model.hidden(params, whole, rows.tokens, dropout_keys=dropout_keys, below=rows.below)
     picked = hidden[rows.target_row, rows.target_position]
-    # Gathered once, not once a chunk.
-    together = replace(model, gathered_over=None)
-    weighted = rows.target_weight * target_nll(together, model.outer(params), picked, rows.target_token)
+    weighted = rows.target_weight * target_nll(model, params, picked, rows.target_token)
     return jax.ops.segment_sum(weighted, rows.target_row, rows.tokens.shape[0])
 
 

@@ -151,7 +151,7 @@ def test_the_layout_of_the_computation_changes_no_result(experiment, runs, tmp_p
         "buckets": 2,
         "clients_per_chunk": 1,
         "evaluation_buckets": 2,
-        "remat": True,
+        "remat": "blocks",
     }
     fields = {f"execution__{name}": value for name, value in layout.items()}
     assert go(changed(experiment, **fields), tmp_path / "run")[0] == 0

@@ -95,13 +95,17 @@ def test_gathered_weights_are_the_whole_ones():
     mesh = mesh_of()
 
     def gathered(params: Any) -> Any:
-        gather = partial(sharding.gather, model.family, model.config, axis="fsdp")
-        layers = tuple(gather(params=layer, of_layer=True) for layer in params["layers"])
-        outer = {name: leaf for name, leaf in params.items() if name != "layers"}
-        return {**gather(params=outer, of_layer=False), "layers": layers}
+        layer = partial(sharding.gather_layer, model.family, model.config, axis="fsdp")
+        outer = sharding.gather_outer(model.family, model.config, params, "fsdp")
+        return {**outer, "layers": tuple(layer(layer=own) for own in params["layers"])}
 
     mapped = on_devices(gathered, model, mesh)
     assert same(mapped(meshes.place_params(model, mesh, params)), params)
+
+
+def outside(model: Any, params: Any) -> Any:
+    """Weights of which those outside of layers are whole."""
+    return sharding.gather_outer(model.family, model.config, params, "fsdp")
 
 
 @pytest.mark.parametrize("remat", REMATS)
@@ -109,7 +113,7 @@ def test_spread_weights_give_the_values_and_gradients_of_whole_ones(remat):
     model, params, adapters = base()
     expected = jax.jit(jax.value_and_grad(partial(total, model, params)))(adapters)
     mesh, own = mesh_of(), replace(model, remat=remat, gathered_over="fsdp")
-    mapped = on_devices(lambda p, a: jax.value_and_grad(partial(total, own, p))(a), model, mesh)
+    mapped = on_devices(lambda p, a: jax.value_and_grad(partial(total, own, outside(own, p)))(a), model, mesh)
     close(mapped(meshes.place_params(model, mesh, params), adapters), expected)
 
 
@@ -146,7 +150,7 @@ def kept_for_backward(remat: Remat) -> tuple[set, set]:
     own = replace(model, remat=remat, gathered_over="fsdp")
 
     def forward(params: Any, adapters: Any) -> jax.Array:
-        value, back = jax.vjp(partial(total, own, params), adapters)
+        value, back = jax.vjp(partial(total, own, outside(own, params)), adapters)
         kept.update(leaf.shape for leaf in jax.tree.leaves(back))
         return value
 
@@ -170,5 +174,5 @@ def test_without_the_policy_they_would(monkeypatch):
 def test_a_trunk_is_gathered_as_well():
     model, params, _ = base()
     mesh, own = mesh_of(), replace(model, gathered_over="fsdp")
-    mapped = on_devices(lambda p: own.trunk(p, TOKENS, 1), model, mesh)
+    mapped = on_devices(lambda p: own.trunk(outside(own, p), TOKENS, 1), model, mesh)
     close(mapped(meshes.place_params(model, mesh, params)), model.trunk(params, TOKENS, 1))
