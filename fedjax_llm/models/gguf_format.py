@@ -206,6 +206,8 @@ def _config(architecture: str, fields: Mapping[str, Any], stored: Mapping[str, _
 
     model_type, name = _ARCHITECTURES[architecture]
     width, heads = number("embedding_length"), number("attention.head_count")
+    if not heads or not number("attention.head_count_kv", heads):
+        raise UserError(f"{path} is damaged: it says that there are no attention heads. Download it again.")
     head_dim = number("attention.key_length", width // heads)
     if number("rope.dimension_count", head_dim) != head_dim:
         raise UserError(

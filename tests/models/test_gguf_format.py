@@ -262,6 +262,13 @@ def test_damaged_headers_give_an_error_for_people_or_none(tmp_path_factory, whol
     assert len(checkpoint.tensors) > 0
 
 
+@pytest.mark.parametrize("key", ["llama.attention.head_count", "llama.attention.head_count_kv"])
+def test_a_model_without_heads_is_damaged(tmp_path, key):
+    path = write(tmp_path / "m.gguf", weights(), fields={key: 0})
+    with pytest.raises(UserError, match="no attention heads"):
+        read_gguf(path)
+
+
 def test_another_kind_of_file(tmp_path):
     (tmp_path / "m.gguf").write_text("<html>Not found</html>")
     with pytest.raises(UserError, match="does not begin with GGUF"):
