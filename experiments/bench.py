@@ -26,8 +26,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -37,17 +35,13 @@ from experiments.leak_cost import leakage_cases
 from experiments.peer_cases import ADAPTERS, MECHANISM, NAMES, peer_cases, round_work, start_case
 from experiments.secure_cost import plot_growth, secure_cases
 from experiments.server_cost import COHORT, many_clients_case, server_cases
-from experiments.timing import Work, once, paired, spread, timed
-from fedjax_llm import trees
-from fedjax_llm.data.packing import pack
 from fedjax_llm.errors import UserError, nearest, tell
-from fedjax_llm.experiment.compilation import use_compilation_cache
-from fedjax_llm.experiment.memory import keep_freed_memory, release_freed_memory
-from fedjax_llm.experiment.synthetic import dense_plan, training_flops
+from fedjax_llm.experiment.memory import release_freed_memory, set_up_process
+from fedjax_llm.experiment.synthetic import dense_plan, local_training, training_flops
+from fedjax_llm.experiment.timing import Work, matmul_peak, once, paired, spread, timed
 from fedjax_llm.federation.plan import RoundPlan
 from fedjax_llm.models.loading import BaseModel, load
 from fedjax_llm.runs.environment import peak_rss_bytes
-from fedjax_llm.training import client_update
 from fedjax_llm.types import RoundState
 
 _FORGET_PEAK = Path("/proc/self/clear_refs")
@@ -87,15 +81,10 @@ class Bench:
     peer_python: Path = field(default_factory=lambda: Path(".venv-peers/bin/python"))
     json: bool = False
 
-
-def matmul_peak() -> float:
-    """This machine's f32 matrix-product peak in FLOP/s: the best of several shapes of a transformer's layers."""
-    multiply, best = jax.jit(lambda a, b: a @ b), 0.0
-    for m, k, n in ((1024, 576, 1536), (2048, 2048, 2048), (1024, 576, 4096)):
-        a, b = jnp.ones((m, k)), jnp.ones((k, n))
-        seconds = min(timed(lambda: multiply(a, b), 10))  # noqa: B023
-        best = max(best, 2.0 * m * k * n / seconds)
-    return best
+    @property
+    def shapes(self) -> dict[str, Any]:
+        """Of dense rounds."""
+        return {"clients": self.clients, "steps": self.steps, "batch": self.batch, "length": self.length}
 
 
 def peak_during(work: Work) -> int | None:
@@ -111,19 +100,10 @@ def peak_during(work: Work) -> int | None:
 
 def step_case(bench: Bench, base: BaseModel, plan: RoundPlan, state: RoundState, peak: float) -> dict[str, Any]:
     """One training step of all clients: gradients of a microbatch, and the optimisers' steps."""
-    work = [[list(client.examples)] for client in plan.clients]
-    batches = list(pack(work, plan.shapes, clients=bench.clients))
-    begun = client_update.start(plan.trainer, trees.repeat(state.adapters, bench.clients))
-    keys = jax.random.split(jax.random.key(0), bench.clients)
-    rates = np.ones((bench.clients, 1), np.float32)
-
-    def step() -> Any:
-        return client_update.run(plan.trainer, base.params, begun, batches, keys, rates)
-
-    seconds = statistics.median(timed(step, bench.repeats))
-    shape = plan.shapes[0]
-    flops = training_flops(base, shape.rows, shape.length, shape.targets)
-    (batch,) = batches
+    packed, trained = local_training(base, plan, state)
+    batch, *_ = packed()
+    seconds = statistics.median(timed(lambda: trained([batch]), bench.repeats))
+    flops = training_flops(base.model, batch.tokens.size, len(batch.target_row))
     return figures("train_step", seconds, batch.real_tokens, batch.tokens.size, flops, peak)
 
 
@@ -132,7 +112,7 @@ def round_figures(
 ) -> dict[str, Any]:
     """A case of whole rounds."""
     shape = plan.shapes[0]
-    flops = bench.steps * training_flops(base, shape.rows, shape.length, shape.targets)
+    flops = bench.steps * training_flops(base.model, shape.rows * shape.length, shape.targets)
     return figures(case, seconds, round_tokens(bench), round_tokens(bench), flops, peak)
 
 
@@ -199,8 +179,7 @@ def main() -> int:
 
 def cases(bench: Bench) -> Iterator[dict[str, Any]]:
     """All cases of a run, as they are measured."""
-    use_compilation_cache()
-    keep_freed_memory()
+    set_up_process()
     if bench.suite == "secure":
         yield from secure_suite(bench)
         return
@@ -215,9 +194,8 @@ def cases(bench: Bench) -> Iterator[dict[str, Any]]:
         return
     peak = matmul_peak()
     base = load(bench.model)
-    shapes = {"clients": bench.clients, "steps": bench.steps, "batch": bench.batch, "length": bench.length}
     if bench.suite == "aggregation":
-        plan, state = dense_plan(base, ADAPTERS, **shapes)
+        plan, state = dense_plan(base, ADAPTERS, **bench.shapes)
         seconds = statistics.median(timed(round_work(base, plan, state), bench.repeats))
         yield from server_cases(plan, state.adapters, seconds * COHORT / bench.clients)
         yield many_clients_case(base, ADAPTERS)
@@ -227,9 +205,8 @@ def cases(bench: Bench) -> Iterator[dict[str, Any]]:
 
 def step_cases(bench: Bench, base: BaseModel, peak: float) -> Iterator[dict[str, Any]]:
     """The training step, whole rounds, and whole rounds with privacy."""
-    shapes = {"clients": bench.clients, "steps": bench.steps, "batch": bench.batch, "length": bench.length}
-    plan, state = dense_plan(base, ADAPTERS, **shapes)
-    private_plan, private_state = dense_plan(base, ADAPTERS, **shapes, mechanism=MECHANISM)
+    plan, state = dense_plan(base, ADAPTERS, **bench.shapes)
+    private_plan, private_state = dense_plan(base, ADAPTERS, **bench.shapes, mechanism=MECHANISM)
     plain, private = round_work(base, plan, state), round_work(base, private_plan, private_state)
     yield step_case(bench, base, plan, state, peak)
     yield round_figures("round", bench, base, plan, statistics.median(timed(plain, bench.repeats)), peak)

@@ -15,7 +15,7 @@ import jax
 
 from fedjax_llm.data.packing import Shape
 from fedjax_llm.experiment.prediction import resident_bytes
-from fedjax_llm.experiment.synthetic import dense_plan
+from fedjax_llm.experiment.synthetic import dense_plan, training_flops
 from fedjax_llm.federation.plan import RoundPlan
 from fedjax_llm.federation.rounds import initial_state, run_round
 from fedjax_llm.lora import Lora
@@ -131,6 +131,5 @@ def plan_of(base: BaseModel, point: Point) -> tuple[RoundPlan, RoundState]:
 def operations(base: BaseModel, point: Point, tokens: int) -> float:
     """Floating-point operations of a round, about: layers, adapters and the output layer, forward and backward."""
     config = base.model.config
-    weights = sum(leaf.size for leaf in jax.tree.leaves(base.params["layers"]) if leaf.ndim == 2)
     adapters = point.rank * point.layers * (3 * config.width + config.kv_heads * config.head_dim)
-    return tokens * (4.0 * (weights + config.vocab_size * config.width) + 6.0 * adapters)
+    return training_flops(base.model, tokens, tokens) + 6.0 * tokens * adapters

@@ -22,24 +22,18 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import jax
-import numpy as np
-
-from experiments.timing import Work, once, spread
-from fedjax_llm import trees
 from fedjax_llm.data.chat import encode_records
 from fedjax_llm.data.hpo import HpoFlashcards
-from fedjax_llm.data.packing import pack
 from fedjax_llm.data.records import EncodedExample
 from fedjax_llm.errors import UserError
-from fedjax_llm.experiment.synthetic import plan_on, random_sites
+from fedjax_llm.experiment.synthetic import local_training, plan_on, random_sites
+from fedjax_llm.experiment.timing import Work, once, spread
 from fedjax_llm.federation.plan import Execution, RoundPlan
 from fedjax_llm.federation.rounds import run_round
 from fedjax_llm.lora import Lora
 from fedjax_llm.models.decoding import generate
 from fedjax_llm.models.loading import BaseModel, converted_folder
 from fedjax_llm.privacy.dp_sgd import DpSgd
-from fedjax_llm.training import client_update
 from fedjax_llm.types import RoundState
 
 ADAPTERS = Lora(rank=8, alpha=16, targets=("q_proj", "v_proj"))
@@ -208,16 +202,8 @@ def round_work(base: BaseModel, plan: RoundPlan, state: RoundState) -> Work:
 
 def training_work(base: BaseModel, plan: RoundPlan, state: RoundState) -> Work:
     """The clients' training alone: packing, gradients, steps."""
-    count, steps = len(plan.clients), plan.local.local_steps
-    keys, rates = jax.random.split(jax.random.key(0), count), np.ones((count, steps), np.float32)
-    steps_of = [[list(client.examples)] * steps for client in plan.clients]
-
-    def train() -> Any:
-        begun = client_update.start(plan.trainer, trees.repeat(state.adapters, count))
-        batches = pack(steps_of, plan.shapes, clients=count)
-        return client_update.run(plan.trainer, base.params, begun, batches, keys, rates).adapters
-
-    return train
+    packed, trained = local_training(base, plan, state)
+    return lambda: trained(packed()).adapters
 
 
 def generate_case(setup: Setup, name: str, batch: int) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def everywhere(experiment: Experiment, console: Console) -> list[Planned]:
                     break
             if first is not None and first.fits:
                 larger = slices[slices.index(smallest) :]
-                found += [first if one == smallest else elsewhere(first, spread, one) for one in larger]
+                found += [first if one == smallest else elsewhere(first, one) for one in larger]
                 break
         else:
             console.print(f"{experiment.model.name} does not fit any slice of {kind}.")

@@ -16,6 +16,7 @@ from fedjax_llm import aggregation, trees
 from fedjax_llm import lora as low_rank
 from fedjax_llm.catalogue import makers
 from fedjax_llm.experiment.synthetic import dense_plan
+from fedjax_llm.experiment.timing import timed
 from fedjax_llm.federation.plan import RoundPlan
 from fedjax_llm.federation.release import template
 from fedjax_llm.federation.rounds import run_round
@@ -56,13 +57,7 @@ def server_cases(plan: RoundPlan, adapters: PyTree, client_seconds: float) -> It
         _, shared = low_rank.partition(adapters, algorithm.personal)
         view = random_view(plan._replace(aggregation=algorithm), adapters, COHORT)
         state, update = algorithm.init(shared), jax.jit(algorithm.update)
-        jax.block_until_ready(update(view, state, shared))
-        seconds = []
-        for _ in range(3):
-            began = time.perf_counter()
-            jax.block_until_ready(update(view, state, shared))
-            seconds.append(time.perf_counter() - began)
-        spent = statistics.median(seconds)
+        spent = statistics.median(timed(lambda: update(view, state, shared), 3))  # noqa: B023
         yield {
             "case": f"server/{kind.__name__}",
             "view": algorithm.view.__name__,

@@ -15,6 +15,7 @@ from fedjax_llm import lora
 from fedjax_llm.lora import Lora
 from fedjax_llm.models import llama
 from fedjax_llm.models.causal_lm import CausalLM
+from fedjax_llm.models.family import Weight, weight_tree
 from fedjax_llm.models.llama import LlamaConfig, rotary_frequencies
 from fedjax_llm.models.loading import BaseModel
 from fedjax_llm.models.tokenizer import Tokenizer, from_gguf_fields
@@ -42,15 +43,13 @@ def tiny_model(
     fields = {"epsilon": 1e-5, "context": 512} | sizes | overrides
     fields.setdefault("frequencies", rotary_frequencies(fields["head_dim"], 10000.0, None))
     config = LlamaConfig(**fields)
-    params: dict[str, Any] = {"layers": tuple({} for _ in range(config.layers))}
     rng = np.random.default_rng(seed)
-    for weight in llama.weights(config):
-        for layer in range(config.layers) if "{layer}" in weight.name else (None,):
-            place = params if layer is None else params["layers"][layer]
-            for key in weight.path[:-1]:
-                place = place.setdefault(key, {})
-            array = _random(rng, weight.shape)
-            place[weight.path[-1]] = jnp.asarray(array.T if weight.transpose else array)
+
+    def drawn(weight: Weight, layer: int | None) -> Any:
+        array = _random(rng, weight.shape)
+        return jnp.asarray(array.T if weight.transpose else array)
+
+    params = weight_tree(llama.FAMILY, config, drawn)
     return CausalLM(llama.FAMILY, config, dropout, remat), params
 
 

@@ -61,7 +61,8 @@ class Microbatch:
       index: int32 [M], the row's place in its step's batch.
       unit: int32 [M], the number within its bin of the privacy unit that the row belongs to; padding rows have the last
         number of a bin of so many rows, which no unit has where there is padding.
-      examples: what each of the first rows holds; the rest are padding.
+      examples: what each of the first rows holds, with an empty example where a bin before the last is not full; the
+        rest are padding.
       target_row: int32 [K], the row of a target slot, within its bin.
       target_position: int32 [K], the position whose hidden state predicts it.
       target_token: int32 [K].
@@ -112,9 +113,9 @@ class _Row(NamedTuple):
     """A row of a bin: its example, the unit's number in the bin, the unit, and the example's place in it."""
 
     example: EncodedExample
-    number: int = 0
-    group: _Group | None = None
-    place: int = 0
+    number: int
+    group: _Group
+    place: int
 
 
 def target_count(example: EncodedExample) -> int:
@@ -287,7 +288,7 @@ def _assemble(
     steps: dict[int, int],
 ) -> Microbatch:
     """Lays rows out as arrays, bin after bin."""
-    bins, gap = len(chosen), [_Row(_NOTHING)]
+    bins = len(chosen)
     filled = [[_Row(one, number, group, place) for number, group in enumerate(groups)
                for place, one in enumerate(group.examples)] for groups in chosen]  # fmt: skip
     size = Shape(shape.rows // bins, shape.length, shape.targets // bins)
@@ -297,8 +298,9 @@ def _assemble(
     finished_step = np.zeros(clients, np.int32)
     for c, value in denominators.items():
         finished[c], denominator[c], finished_step[c] = True, value, steps[c]
-    spaced = [rows + gap * (size.rows - len(rows)) for rows in filled[:-1]] + filled[-1:]
-    examples = [row.example for rows in spaced for row in rows]
+    examples: list[EncodedExample] = []
+    for place, rows in enumerate(filled):  # nothing where the bins before end early
+        examples += [_NOTHING] * (place * size.rows - len(examples)) + [row.example for row in rows]
     return Microbatch(
         **arrays,
         examples=tuple(examples),
@@ -318,7 +320,6 @@ def _lay_out(rows: Sequence[_Row], shape: Shape, per_token: bool) -> dict[str, n
     weight = np.zeros(shape.targets, np.float32)
     slot = 0
     for m, (example, number, group, place) in enumerate(rows):
-        assert group is not None
         count = target_count(example)
         tokens[m, : len(example.tokens)] = example.tokens
         client[m], step[m], index[m], unit[m] = group.client, group.step, group.index + place, number

@@ -10,11 +10,10 @@ from rich.console import Console
 from fedjax_llm import peft
 from fedjax_llm.config import MAY_CHANGE, Experiment, to_json
 from fedjax_llm.errors import UserError, nearest
-from fedjax_llm.experiment.compilation import use_compilation_cache
 from fedjax_llm.experiment.ground import Attacks, ground_of, trunk_of
 from fedjax_llm.experiment.leak_report import run_sections, run_table
 from fedjax_llm.experiment.measures import Tuned, measure, shadow_statistics
-from fedjax_llm.experiment.memory import keep_freed_memory
+from fedjax_llm.experiment.memory import set_up_process
 from fedjax_llm.experiment.prepare import Load
 from fedjax_llm.experiment.stored import experiment_of
 from fedjax_llm.leakage.audit import CONTRADICTED
@@ -52,8 +51,7 @@ def attack_run(
     Raises:
       UserError: there is no such run, it has no adapters, or is another experiment's.
     """
-    use_compilation_cache()
-    keep_freed_memory()
+    set_up_process()
     experiment = _experiment(run, experiment)
     folder = adapter_folder(run, site)
     encryption.vault_of(run)

@@ -2,9 +2,6 @@
 
 import hashlib
 import json
-import os
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -13,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from fedjax_llm import trees
 from fedjax_llm.assets import cache_dir
-from fedjax_llm.data.packing import Shape, pack
+from fedjax_llm.data.packing import Shape
 from fedjax_llm.data.records import EncodedExample
+from fedjax_llm.errors import UserError
 from fedjax_llm.evaluation import heldout
 from fedjax_llm.experiment.cost_model import (
     KINDS,
@@ -33,14 +29,15 @@ from fedjax_llm.experiment.cost_model import (
     step_work,
     training_work,
 )
-from fedjax_llm.experiment.synthetic import plan_on
+from fedjax_llm.experiment.synthetic import local_training, plan_on
+from fedjax_llm.experiment.timing import matmul_peak, timed
 from fedjax_llm.federation.plan import Execution
 from fedjax_llm.lora import Lora
 from fedjax_llm.models.decoding import generate
 from fedjax_llm.models.loading import BaseModel
 from fedjax_llm.models.truncation import truncated
+from fedjax_llm.runs import directory
 from fedjax_llm.runs.environment import usable_cores
-from fedjax_llm.training import client_update
 
 FORMAT = 1
 """Part of every key: raise it whenever the kinds of work are counted differently."""
@@ -74,20 +71,15 @@ def stored(base: BaseModel) -> Constants | None:
 def store(base: BaseModel, constants: Constants) -> None:
     """Keeps constants, whole or not at all; a folder that cannot be written costs the next prediction, nothing else."""
     path = place_of(base)
-    with suppress(OSError):
+    with suppress(OSError, UserError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=path.name + ".", suffix=".tmp", dir=path.parent)
-        try:
-            with open(handle, "w") as file:
-                json.dump({"seconds": dict(constants.seconds), "memory": constants.memory}, file)
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        entry = {"seconds": dict(constants.seconds), "memory": constants.memory}
+        directory.write_bytes(path, json.dumps(entry).encode())
 
 
 def known(base: BaseModel) -> Constants:
-    """The kept constants, else a guess from the speed of one matrix product (a third of a second)."""
-    return stored(base) or rough_constants(matmul_peak())
+    """The kept constants, else a guess."""
+    return stored(base) or _rough()
 
 
 def refined(constants: Constants, timed: Sequence[Timed], grown: float, expected: float) -> Constants:
@@ -103,11 +95,9 @@ def refined(constants: Constants, timed: Sequence[Timed], grown: float, expected
     return fit([one for one in timed if one[1] > 0], constants)._replace(memory=memory)
 
 
-def matmul_peak() -> float:
-    """Operations a second of a matrix product of a layer's shape, best of three."""
-    multiply, a, b = jax.jit(lambda a, b: a @ b), jnp.ones((512, 1024)), jnp.ones((1024, 1024))
-    multiply(a, b).block_until_ready()
-    return 2.0 * 512 * 1024 * 1024 / min(_seconds(lambda: multiply(a, b)) for _ in range(3))
+def _rough() -> Constants:
+    """A guess from the speed of one matrix product of a layer's shape, which takes a third of a second."""
+    return rough_constants(matmul_peak([(512, 1024, 1024)], repeats=3))
 
 
 def calibrated(base: BaseModel, lora: Lora) -> Constants:
@@ -118,7 +108,7 @@ def calibrated(base: BaseModel, lora: Lora) -> Constants:
       lora: adapters like the run's; rank and modules are its own.
     """
     cut = truncated(base, min(3, base.model.config.layers))
-    return fit(list(measurements(cut, replace(lora, layers=(), ranks=()))), rough_constants(matmul_peak()), 1e-3)
+    return fit(list(measurements(cut, replace(lora, layers=(), ranks=()))), _rough(), 1e-3)
 
 
 def measurements(base: BaseModel, lora: Lora) -> Iterator[Timed]:
@@ -141,15 +131,10 @@ def training_step(base: BaseModel, lora: Lora, shape: Shape) -> Timed:
     sites = [("site", examples_of(base, shape))]
     execution = Execution(clients_per_chunk=1, trunk_megabytes=0)
     plan, state = plan_on(base, lora, sites, steps=1, execution=execution, shapes=(shape,))
-    batches = list(pack([[list(plan.clients[0].examples)]], plan.shapes, clients=1))
-    begun = client_update.start(plan.trainer, trees.repeat(state.adapters, 1))
-    keys, rates = jax.random.split(jax.random.key(0), 1), np.ones((1, 1), np.float32)
-
-    def once() -> Any:
-        return client_update.run(plan.trainer, base.params, begun, batches, keys, rates).adapters
-
+    packed, trained = local_training(base, plan, state)
+    batches = packed()
     size = size_of(base, state.adapters, {})
-    return training_work(size, shape, 1, trunk=False) + step_work(size, 1), _best(once)
+    return training_work(size, shape, 1, trunk=False) + step_work(size, 1), _best(lambda: trained(batches).adapters)
 
 
 def scored(base: BaseModel, lora: Lora, shape: Shape) -> Timed:
@@ -186,12 +171,4 @@ def examples_of(base: BaseModel, shape: Shape) -> tuple[EncodedExample, ...]:
 
 def _best(work: Callable[[], Any]) -> float:
     """Seconds of the faster of two, after one that compiles."""
-    jax.block_until_ready(work())
-    return min(_seconds(work) for _ in range(2))
-
-
-def _seconds(work: Callable[[], Any]) -> float:
-    """Of one call."""
-    began = time.perf_counter()
-    jax.block_until_ready(work())
-    return time.perf_counter() - began
+    return min(timed(work, 2))

@@ -14,7 +14,7 @@ import numpy as np
 
 from fedjax_llm import lora as low_rank
 from fedjax_llm.data.packing import Shape
-from fedjax_llm.models.causal_lm import lowest_adapted, module_paths
+from fedjax_llm.models.causal_lm import layer_weights, lowest_adapted, module_paths
 from fedjax_llm.models.loading import BaseModel
 from fedjax_llm.types import Adapters
 
@@ -170,12 +170,11 @@ class Size(NamedTuple):
 def size_of(base: BaseModel, adapters: Adapters, frozen: Adapters) -> Size:
     """The size of a model with its trained and its frozen factors."""
     config, params = base.model.config, base.params
-    weights = sum(leaf.size for leaf in jax.tree.leaves(params["layers"]) if leaf.ndim == 2) / config.layers
     whole = low_rank.join(adapters, frozen)
     return Size(
         layers=config.layers,
         lowest=lowest_adapted(whole),
-        weights=weights,
+        weights=layer_weights(base.model) / config.layers,
         output=config.vocab_size * config.width,
         vocabulary=config.vocab_size,
         width=config.width,

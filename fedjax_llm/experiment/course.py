@@ -19,7 +19,6 @@ from fedjax_llm.config import Experiment, to_json
 from fedjax_llm.data.planted import PlantedSecrets
 from fedjax_llm.errors import UserError
 from fedjax_llm.experiment.attacked_run import LEAKAGE, claim_of, keep, verdict
-from fedjax_llm.experiment.compilation import use_compilation_cache
 from fedjax_llm.experiment.course_report import course_sections, course_tables
 from fedjax_llm.experiment.ground import Attacks, Ground, ground_of, trunk_of
 from fedjax_llm.experiment.measures import (
@@ -32,7 +31,7 @@ from fedjax_llm.experiment.measures import (
     untuned,
 )
 from fedjax_llm.experiment.memorisation import RESULT, Memorisation, run_memorisation
-from fedjax_llm.experiment.memory import keep_freed_memory
+from fedjax_llm.experiment.memory import set_up_process
 from fedjax_llm.experiment.prepare import Load, Trunks
 from fedjax_llm.experiment.sweep import (
     INTERRUPTED,
@@ -133,8 +132,7 @@ def run_course(course: Course, folder: Path, console: Console, load_model: Load 
     Raises:
       UserError: a run in the folder has other settings, or a run fails.
     """
-    use_compilation_cache()
-    keep_freed_memory()
+    set_up_process()
     folder = directory.made(folder, "course")
     cells = cells_of(course, folder)
     check_settings((cell.folder, cell.experiment) for cell in cells)

@@ -3,10 +3,10 @@
 from rich.console import Console
 
 from fedjax_llm.config import Experiment
-from fedjax_llm.experiment.compilation import use_compilation_cache
 from fedjax_llm.experiment.finetuning import finetune
 from fedjax_llm.experiment.finish import follow as follow_finish
 from fedjax_llm.experiment.finish import validation_of
+from fedjax_llm.experiment.memory import set_up_process
 from fedjax_llm.experiment.prepare import Load, prepare
 from fedjax_llm.experiment.training_loop import follow_rounds
 from fedjax_llm.federation.hosts import AGAIN, HostGone, Hosts
@@ -30,7 +30,7 @@ def follow(experiment: Experiment, hosts: Hosts, *, console: Console, load_model
       HostGone: another host died.
       UserError: something that the user can put right.
     """
-    use_compilation_cache()
+    set_up_process()
     with RunProgress(experiment.federation.rounds, console) as progress:
         progress.say(f"Host {hosts.index} of {hosts.count}: host 0 shows the run and writes it.")
         try:

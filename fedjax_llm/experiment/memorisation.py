@@ -20,11 +20,10 @@ from fedjax_llm.data.planted import PlantedSecrets
 from fedjax_llm.data.records import EncodedExample
 from fedjax_llm.errors import UserError
 from fedjax_llm.evaluation.heldout import score
-from fedjax_llm.experiment.compilation import use_compilation_cache
 from fedjax_llm.experiment.ground import Attacks, Ground, ground_of
 from fedjax_llm.experiment.measures import Tuned, planted_figures
 from fedjax_llm.experiment.memorisation_report import OFTEN, memorisation_section
-from fedjax_llm.experiment.memory import keep_freed_memory
+from fedjax_llm.experiment.memory import set_up_process
 from fedjax_llm.experiment.prepare import Load, encode, load_dataset, split_sites
 from fedjax_llm.lora import Lora
 from fedjax_llm.models.loading import BaseModel, load
@@ -106,8 +105,7 @@ def run_memorisation(attack: Memorisation, folder: Path, console: Console, load_
     Raises:
       UserError: the folder's results are of other settings.
     """
-    use_compilation_cache()
-    keep_freed_memory()
+    set_up_process()
     folder = directory.made(folder, "comparison")
     path, settings = folder / RESULT, to_json(attack)
     found: dict[str, Any] = {"attack": settings, "environment": environment.describe(), "trainings": {}}

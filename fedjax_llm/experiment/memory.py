@@ -1,10 +1,21 @@
-"""How the C library hands out memory: a training step frees and takes hundreds of megabytes, again and again."""
+"""What is kept from step to step and from run to run: compiled programs, and memory that was freed.
+
+A training step frees and takes hundreds of megabytes, again and again.
+"""
 
 import ctypes
 import sys
 
+from fedjax_llm.experiment.compilation import use_compilation_cache
+
 # Parameters of mallopt(3): <malloc.h>.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
+
+
+def set_up_process() -> None:
+    """What a command that trains begins with: compiled programs and freed memory are kept."""
+    use_compilation_cache()
+    keep_freed_memory()
 
 
 def release_freed_memory() -> None:

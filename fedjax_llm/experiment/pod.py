@@ -5,6 +5,7 @@ and the sum over clients with the server's step. Weights, adapters and rows are 
 the compiler's own.
 """
 
+import functools
 import math
 import time
 from collections import Counter
@@ -17,16 +18,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fedjax_llm import lora as low_rank
 from fedjax_llm import mesh as meshes
+from fedjax_llm import trees
 from fedjax_llm.aggregation.fedavg import FedAvg
 from fedjax_llm.config import Experiment, regime_of
 from fedjax_llm.errors import UserError, nearest
+from fedjax_llm.experiment import synthetic
 from fedjax_llm.experiment.collectives import Collective, collectives
 from fedjax_llm.experiment.planning import trainer_of
 from fedjax_llm.federation import release
 from fedjax_llm.mesh import MeshShape
 from fedjax_llm.models import sharding
-from fedjax_llm.models.causal_lm import CausalLM
-from fedjax_llm.models.family import Weight, family_of
+from fedjax_llm.models.causal_lm import CausalLM, layer_weights
+from fedjax_llm.models.family import family_of, weight_tree
 from fedjax_llm.models.shapes import SHAPES
 from fedjax_llm.privacy import guarantee
 from fedjax_llm.privacy.mechanism import Population
@@ -116,14 +119,9 @@ def pod_of(experiment: Experiment, devices: Any, layers: int | None = None) -> P
     population = Population(tuple(f"site-{c}" for c in range(slots)), (1000,) * slots, (1,) * slots, (1,) * slots)
     mechanism = guarantee.build(experiment.privacy, regime_of(experiment), population)
     trainer = trainer_of(model, experiment.lora.scaling, experiment.training, 0.0, mechanism)._replace(mesh=mesh)
-    here = NamedSharding(mesh, meshes.CLIENTS)
-    adapters = {
-        path: {
-            "a": jax.ShapeDtypeStruct((slots, fan_in, experiment.lora.rank), jnp.float32, sharding=here),
-            "b": jax.ShapeDtypeStruct((slots, experiment.lora.rank, fan_out), jnp.float32, sharding=here),
-        }
-        for path, (fan_in, fan_out) in low_rank.target_modules(experiment.lora, model).items()
-    }
+    fresh = functools.partial(low_rank.init, jax.random.key(0), experiment.lora, model)
+    adapters = jax.eval_shape(lambda: trees.repeat(fresh(), slots))
+    adapters = _placed(mesh, adapters, meshes.CLIENTS)
     params = _weights(model, mesh, jnp.dtype(experiment.model.dtype))
     length = experiment.data.max_length
     rows, bins = max(1, execution.tokens_per_microbatch // length), shape.bins.count
@@ -142,25 +140,21 @@ def compiled_ends(pod: Pod) -> list[Program]:
 
 def argument_bytes(pod: Pod) -> dict[str, int]:
     """Bytes that one device holds while it trains: its part of the weights; its clients' states, and their start."""
-    state = jax.eval_shape(lambda a: client_update.start(pod.trainer, a), pod.adapters)
-    slots = pod.slots // _mesh(pod).shape["clients"]
-    own = (
-        sum(math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in jax.tree.leaves((state, pod.adapters))) * slots
-    )
-    weights = sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(pod.params)
-    )
-    return {"weights": weights, "clients": own}
+    return {"weights": _held(pod.params), "clients": _held((_started(pod), pod.adapters))}
+
+
+def _held(tree: PyTree) -> int:
+    """Bytes of a tree's parts on one device."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def training_flops(pod: Pod) -> float:
-    """Operations of a microbatch on one device: forward, and backward to the activations (``synthetic.py``)."""
-    model, rows = pod.trainer.model, pod.rows
-    matrices = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(pod.params["layers"]) if len(leaf.shape) == 2)
-    head = model.config.vocab_size * model.config.width
-    total = 4.0 * (matrices * math.prod(rows.tokens.shape) + head * rows.target_row.shape[0])
+    """Operations of a microbatch on one device: as a run's, and what is computed again."""
+    model, positions = pod.trainer.model, math.prod(pod.rows.tokens.shape)
+    total = synthetic.training_flops(model, positions, pod.rows.target_row.shape[0])
     # Whole blocks that are computed again are one more forward pass of the layers.
-    again = 2.0 * matrices * math.prod(rows.tokens.shape) if model.remat == "blocks" else 0.0
+    again = 2.0 * layer_weights(model) * positions if model.remat == "blocks" else 0.0
     return (total + again) / _mesh(pod).size
 
 
@@ -172,16 +166,9 @@ def _mesh(pod: Pod) -> Mesh:
 
 def _weights(model: CausalLM, mesh: Mesh, dtype: Any) -> Params:
     """The shapes of the base weights, and where their parts lie."""
-
-    def of(weight: Weight) -> Any:
-        return jax.ShapeDtypeStruct(sharding.size_of(weight), dtype)
-
-    sizes = sharding.tree(model.family, model.config, of)
-    return jax.tree.map(
-        lambda one, place: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=place),
-        sizes,
-        meshes.param_shardings(model, mesh),
-    )
+    sizes = weight_tree(model.family, model.config, lambda one, _: jax.ShapeDtypeStruct(sharding.size_of(one), dtype))
+    places = meshes.param_shardings(model, mesh)
+    return jax.tree.map(lambda one, at: jax.ShapeDtypeStruct(one.shape, dtype, sharding=at), sizes, places)
 
 
 def _rows(mesh: Mesh, rows: int, length: int, targets: int) -> Rows:
@@ -248,8 +235,8 @@ def _local_step(pod: Pod) -> Any:
 
 def _round_end(pod: Pod) -> Any:
     """The lowered sum over clients, and the server's step."""
-    algorithm, server = FedAvg().make(), jax.tree.map(lambda leaf: leaf.shape[1:], pod.adapters, is_leaf=_is_shape)
-    server = jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), server, is_leaf=_is_tuple)
+    algorithm = FedAvg().make()
+    server = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), pod.adapters)
 
     def end(ended: PyTree, start: PyTree, weights: Any, adapters: PyTree) -> PyTree:
         deltas = jax.tree.map(jnp.subtract, ended, start)
@@ -259,16 +246,6 @@ def _round_end(pod: Pod) -> Any:
     place = NamedSharding(_mesh(pod), _EVERYWHERE)
     numbers, whole = _of_clients(pod, jnp.float32), _placed(_mesh(pod), server, _EVERYWHERE)
     return jax.jit(end, out_shardings=place).lower(pod.adapters, pod.adapters, numbers, whole)
-
-
-def _is_shape(leaf: Any) -> bool:
-    """Whether it describes an array."""
-    return isinstance(leaf, jax.ShapeDtypeStruct)
-
-
-def _is_tuple(leaf: Any) -> bool:
-    """Whether it is a shape."""
-    return isinstance(leaf, tuple)
 
 
 def _compiled(name: str, lowered: Any, pod: Pod) -> Program:

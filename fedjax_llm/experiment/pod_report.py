@@ -123,14 +123,13 @@ def shortened(experiment: Experiment, topology: str) -> Planned | None:
     return _summary(sized, topology, full, programs, _DEPTHS)
 
 
-def elsewhere(found: Planned, experiment: Experiment, topology: str) -> Planned:
+def elsewhere(found: Planned, topology: str) -> Planned:
     """The same programs on a larger slice of the same chips: there are more groups of clients, and each does the same.
 
     Only the sum at a round's end is spread over more devices; its share of a round is kept as it is.
     """
-    chips, parts = chips_in(topology), found.mesh[1] * found.mesh[2]
-    groups, chip = chips // parts, chip_of(topology)
-    assert chip.memory == found.memory, "the same chips"
+    groups = chips_in(topology) // (found.mesh[1] * found.mesh[2])
+    assert chip_of(topology).memory == found.memory, "the same chips"
     return replace(
         found,
         topology=topology,

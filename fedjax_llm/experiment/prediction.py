@@ -30,8 +30,8 @@ from fedjax_llm.experiment.cost_model import (
 )
 from fedjax_llm.experiment.finish import personal
 from fedjax_llm.experiment.prepare import Prepared
-from fedjax_llm.federation.cohorts import answers_of, most_of
-from fedjax_llm.federation.local_work import past_rounds, work_of
+from fedjax_llm.federation.cohorts import answers_of, slots_of
+from fedjax_llm.federation.local_work import at_once, past_rounds, work_of
 from fedjax_llm.federation.plan import RoundPlan
 from fedjax_llm.privacy import noise
 from fedjax_llm.runs import environment
@@ -186,19 +186,19 @@ def _draw(plan: RoundPlan, size: Size, most: int, trunk: _Trunk) -> Iterator[Dra
 
 def _packed(plan: RoundPlan, size: Size, cohort: np.ndarray, number: int, trunk: _Trunk) -> DrawnRound:
     """A round's microbatches, chunk by chunk."""
-    slots, past = min(plan.execution.clients_per_chunk, most_of(plan)), past_rounds(plan, number)
+    slots, past, layout = slots_of(plan), past_rounds(plan, number), {"bins": plan.execution.mesh.bins}
     passes = 2 if plan.aggregation.own is not None else 1
     shapes: Counter[Shape] = Counter()
     tokens, total = 0, Work()
     for first in range(0, len(cohort), slots):
         work = [work_of(plan, int(place), number, 0, past) for place in cohort[first : first + slots]]
-        batches = list(pack(work, plan.shapes, clients=slots))
+        batches = list(pack(work, plan.shapes, clients=slots, **layout))
         found = Counter(map(_shape, batches))
         steps = sum(bool(batch.finished.any()) for batch in batches)
         parts = (training_work(size, s, slots, plan.trunk is not None).times(count) for s, count in found.items())
         total += sum(parts, step_work(size, slots).times(steps)).times(passes)
         if plan.aggregation.client.probe:
-            whole = pack([[[unit for step in own for unit in step]] for own in work], plan.shapes, clients=slots)
+            whole = pack([at_once(own) for own in work], plan.shapes, clients=slots, **layout)
             total += sum((training_work(size, _shape(b), slots, plan.trunk is not None) for b in whole), Work())
         total += trunk.fill([example for batch in batches for example in batch.examples]) + Work(chunks=1)
         shapes += found
@@ -228,7 +228,7 @@ def workload(prepared: Prepared) -> Workload:
     if every:
         validation = _scored(prepared, size, trunk, prepared.held_out.validation).times(-(-rounds // every))
     evaluation = _evaluation(prepared, size, trunk)
-    slots = min(plan.execution.clients_per_chunk, most_of(plan))
+    slots = slots_of(plan)
     kept = trunk.nbytes if plan.trunk is None else min(trunk.nbytes, plan.trunk.capacity)
     memory = max(step_bytes(size, shape, slots) for shape in plan.shapes) + kept + _PROGRAMS
     return Workload(drawn, rounds, _all_rounds(drawn, rounds), finetuning, validation, evaluation, memory)

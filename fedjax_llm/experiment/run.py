@@ -14,14 +14,14 @@ from rich.console import Console
 from fedjax_llm import lora as low_rank
 from fedjax_llm.config import MAY_CHANGE, Experiment, in_words, to_json
 from fedjax_llm.errors import UserError
-from fedjax_llm.experiment.compilation import CompileClock, use_compilation_cache
+from fedjax_llm.experiment.compilation import CompileClock
 from fedjax_llm.experiment.disclosed import disclosed
 from fedjax_llm.experiment.expectation import Expectation, expect, learn
 from fedjax_llm.experiment.finetuning import finetune
 from fedjax_llm.experiment.finish import finish, length_counts, site_counts, validation_of
 from fedjax_llm.experiment.following import follow
 from fedjax_llm.experiment.forecast import promised
-from fedjax_llm.experiment.memory import keep_freed_memory
+from fedjax_llm.experiment.memory import set_up_process
 from fedjax_llm.experiment.prepare import Load, Prepared, Trunks, prepare
 from fedjax_llm.experiment.training_loop import Ended, Loop, run_rounds
 from fedjax_llm.federation.communication import travelling, tree_bytes
@@ -71,8 +71,7 @@ def run(
     """
     if not hosts.first:
         return follow(experiment, hosts, console=console, load_model=load_model)
-    use_compilation_cache()
-    keep_freed_memory()
+    set_up_process()
     clock = CompileClock()
     config = to_json(experiment)
     folder = directory.reopen(folder, config, MAY_CHANGE) if resume else directory.create(folder, config)
@@ -91,14 +90,10 @@ def run(
                 prepared, ended = finetune(prepared, ended, progress)
             summary = _finish(prepared, ended, expected, folder, clock, progress)
         except KeyboardInterrupt:
-            done = finished_steps(folder / "checkpoints")
-            kept = f"Everything up to round {done[-1]} is kept." if done else "No round was finished."
-            progress.say(f"Stopped. {kept} Go on with: {_resume_command()}")
+            progress.say(f"Stopped. {_kept(folder)}. Go on with: {_resume_command()}")
             return 130
         except HostGone as gone:
-            done = finished_steps(folder / "checkpoints")
-            kept = f"Everything up to round {done[-1]} is kept" if done else "No round was finished"
-            raise HostGone(f"{gone}. {kept} in {folder}; {AGAIN}") from gone
+            raise HostGone(f"{gone}. {_kept(folder)} in {folder}; {AGAIN}") from gone
         show_results(prepared, summary, folder, progress, console)
     return 0
 
@@ -222,6 +217,12 @@ def federation_rows(prepared: Prepared, plan: RoundPlan, protocol: str | None) -
     if plan.ranks:
         rows.append(("ranks", ", ".join(map(str, plan.ranks[:12])) + (", ..." if len(plan.ranks) > 12 else "")))
     return [*rows, ("one update on the wire", byte_size(size))]
+
+
+def _kept(folder: Path) -> str:
+    """What there is of a run that has ended early."""
+    done = finished_steps(folder / "checkpoints")
+    return f"Everything up to round {done[-1]} is kept" if done else "No round was finished"
 
 
 def _resume_command() -> str:

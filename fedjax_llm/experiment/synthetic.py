@@ -1,13 +1,14 @@
 """Rounds for benchmarks: on random tokens in exact shapes, or on given examples in the shapes of a run."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
 from fedjax_llm import lora as low_rank
+from fedjax_llm import trees
 from fedjax_llm.config import Experiment, regime_of
-from fedjax_llm.data.packing import Shape, choose_shapes
+from fedjax_llm.data.packing import Microbatch, Shape, choose_shapes, pack
 from fedjax_llm.data.records import EncodedExample
 from fedjax_llm.errors import UserError
 from fedjax_llm.experiment.planning import trainer_of
@@ -15,12 +16,13 @@ from fedjax_llm.federation.clients import clients_of
 from fedjax_llm.federation.plan import Execution, Federation, RoundPlan
 from fedjax_llm.federation.rounds import initial_state
 from fedjax_llm.lora import Lora
-from fedjax_llm.models.causal_lm import lowest_adapted
+from fedjax_llm.models.causal_lm import CausalLM, layer_weights, lowest_adapted
 from fedjax_llm.models.loading import BaseModel
 from fedjax_llm.privacy import guarantee, noise
 from fedjax_llm.privacy.guarantee import Privacy
 from fedjax_llm.privacy.mechanism import MechanismConfig, Population
-from fedjax_llm.training.client_update import LocalTraining
+from fedjax_llm.training import client_update
+from fedjax_llm.training.client_update import LocalState, LocalTraining
 from fedjax_llm.training.optimizers import Optimizer
 from fedjax_llm.training.trunk import TrunkCache
 from fedjax_llm.types import RoundState
@@ -128,6 +130,24 @@ def plan_on(
     return plan, initial_state(plan, adapters)
 
 
+def local_training(
+    base: BaseModel, plan: RoundPlan, state: RoundState
+) -> tuple[Callable[[], list[Microbatch]], Callable[[Sequence[Microbatch]], LocalState]]:
+    """The clients' part of a round of :func:`plan_on` alone: packing all of it, and the steps on what was packed."""
+    clients, steps = len(plan.clients), plan.local.local_steps
+    keys, rates = jax.random.split(jax.random.key(0), clients), np.ones((clients, steps), np.float32)
+    work = [[list(client.examples)] * steps for client in plan.clients]
+
+    def packed() -> list[Microbatch]:
+        return list(pack(work, plan.shapes, clients=clients))
+
+    def trained(batches: Sequence[Microbatch]) -> LocalState:
+        begun = client_update.start(plan.trainer, trees.repeat(state.adapters, clients))
+        return client_update.run(plan.trainer, base.params, begun, batches, keys, rates)
+
+    return packed, trained
+
+
 def _shapes(sites: Sequence[tuple[str, tuple[EncodedExample, ...]]], execution: Execution) -> tuple[Shape, ...]:
     """What a run with this layout would choose."""
     every = [example for _, examples in sites for example in examples]
@@ -155,12 +175,10 @@ def _example(rng: np.random.Generator, base: BaseModel, length: int, name: str) 
     return EncodedExample(name, rng.integers(0, base.model.config.vocab_size, length).astype(np.int32), 1)
 
 
-def training_flops(base: BaseModel, rows: int, length: int, targets: int) -> float:
+def training_flops(model: CausalLM, positions: int, targets: int) -> float:
     """Floating-point operations of a training step with a frozen base: forward, and backward to the activations.
 
     Two for every weight and position in each direction; the embedding counts once, as the output layer, and only at
     the target positions. Attention scores and the adapters (about 1%) are not counted.
     """
-    layers = sum(leaf.size for leaf in jax.tree.leaves(base.params["layers"]) if leaf.ndim == 2)
-    head = base.model.config.vocab_size * base.model.config.width
-    return 4.0 * (layers * rows * length + head * targets)
+    return 4.0 * (layer_weights(model) * positions + model.config.vocab_size * model.config.width * targets)

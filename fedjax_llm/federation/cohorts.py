@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from fedjax_llm import mesh as meshes
 from fedjax_llm.federation.availability import Answers, Availability, among, answers, buffered
 from fedjax_llm.federation.local_work import secret
 from fedjax_llm.federation.plan import RoundPlan
@@ -28,6 +29,11 @@ def answers_of(plan: RoundPlan, number: int, attempt: int = 0) -> Answers:
     if federation.asynchronous is not None and plan.setting == "federated":
         return buffered(plan.key, number, ids, plan.cohort, federation.asynchronous, available)
     return answers(plan.key, number, ids, plan.cohort, available if plan.setting == "federated" else Availability())
+
+
+def slots_of(plan: RoundPlan) -> int:
+    """Slots of clients that are trained at a time."""
+    return meshes.slots(plan.execution.mesh, min(plan.execution.clients_per_chunk, most_of(plan)))
 
 
 def most_of(plan: RoundPlan) -> int:

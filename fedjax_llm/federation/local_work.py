@@ -52,6 +52,11 @@ def work_of(plan: RoundPlan, place: int, number: int, attempt: int, past: np.nda
     return sample_units(key, client.units, probability, local.local_steps, mechanism.examples_per_unit, cycle)
 
 
+def at_once(steps: Work) -> Work:
+    """All of a round's units as one step."""
+    return [[unit for step in steps for unit in step]]
+
+
 def past_rounds(plan: RoundPlan, number: int) -> np.ndarray | None:
     """In how many earlier rounds each client took part, int [N]; ``None`` where units do not take turns."""
     mechanism = plan.mechanism

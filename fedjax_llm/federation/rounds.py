@@ -19,12 +19,12 @@ from fedjax_llm import trees
 from fedjax_llm.data.packing import pack
 from fedjax_llm.federation import effective, release, secured
 from fedjax_llm.federation.availability import Answers
-from fedjax_llm.federation.cohorts import answers_of, most_of
+from fedjax_llm.federation.cohorts import answers_of, slots_of
 from fedjax_llm.federation.communication import in_vain, traffic_of
 from fedjax_llm.federation.hosts import ALONE, Hosts
 from fedjax_llm.federation.joining import Part, joined
 from fedjax_llm.federation.local_work import (
-    Work,
+    at_once,
     learning_rates,
     past_rounds,
     public_denominators,
@@ -116,8 +116,7 @@ def run_round(
     """
     number = int(state.round) + 1
     answers = answers_of(plan, number, attempt)
-    slots = meshes.slots(plan.execution.mesh, min(plan.execution.clients_per_chunk, most_of(plan)))
-    cohort, state = answers.cohort, meshes.place(plan.trainer.mesh, state)
+    slots, cohort, state = slots_of(plan), answers.cohort, meshes.place(plan.trainer.mesh, state)
     moment = _moment(plan, params, state, answers, number, attempt)
     exchange = secured.begin(plan, state, answers, moment.received, moment.live, attempt)
     mine = cohort[[hosts.owns(int(member)) for member in cohort]] if hosts.count > 1 else cohort
@@ -263,7 +262,7 @@ def _run_chunk(plan: RoundPlan, moment: _Moment, state: RoundState, members: np.
         own = client_update.run(trainer, moment.params, alone, batches, keys, rates, *fixed, local=local).adapters
     probe = ()
     if algorithm.client.probe:
-        whole = list(pack([_at_once(steps) for steps in work], plan.shapes, **pack_options))
+        whole = list(pack([at_once(steps) for steps in work], plan.shapes, **pack_options))
         probe = client_update.probe(plan.trainer, moment.params, local.start, whole, keys, plan.frozen, plan.trunk)
     steps = jnp.array([len(own) for own in work] + [0] * (slots - len(work)), jnp.float32)
     rate = jnp.asarray(plan.local.optimizer.learning_rate * rates.sum(axis=1), jnp.float32)
@@ -283,11 +282,6 @@ def _run_chunk(plan: RoundPlan, moment: _Moment, state: RoundState, members: np.
         reports=client_reports(plan, traffic, clients, work, ended.loss, updates, ranks, staleness),
         padded_tokens=sum(batch.tokens.size for batch in batches),
     )
-
-
-def _at_once(steps: Work) -> Work:
-    """All of a round's units as one step."""
-    return [[unit for step in steps for unit in step]]
 
 
 def _local(

@@ -215,6 +215,11 @@ def lowest_adapted(paths: Iterable[str]) -> int:
     return min((int(path.split(".")[1]) for path in paths), default=0)
 
 
+def layer_weights(model: CausalLM) -> int:
+    """Numbers in the matrices of all layers, however they are stored."""
+    return sum(fan_in * fan_out for fan_in, fan_out in module_paths(model).values())
+
+
 def module_paths(model: CausalLM) -> dict[str, tuple[int, int]]:
     """Every adaptable module, ``layers.N.module`` -> (in, out)."""
     within = model.family.projections(model.config)

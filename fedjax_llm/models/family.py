@@ -100,6 +100,24 @@ class Family(NamedTuple):
     projections: Callable[[Any], dict[str, tuple[int, int]]]
 
 
+def weight_tree(family: Family, config: Any, of: Callable[[Weight, int | None], Any]) -> dict[str, Any]:
+    """A tree like a model's parameters, with a function's value for each weight.
+
+    Args:
+      family: of the model.
+      config: of the model.
+      of: ``(weight, layer)``; the layer's number is ``None`` outside of layers. Called once for each weight.
+    """
+    found: dict[str, Any] = {"layers": tuple({} for _ in range(config.layers))}
+    for weight in family.weights(config):
+        for layer in range(config.layers) if "{layer}" in weight.name else (None,):
+            place = found if layer is None else found["layers"][layer]
+            for key in weight.path[:-1]:
+                place = place.setdefault(key, {})
+            place[weight.path[-1]] = of(weight, layer)
+    return found
+
+
 @functools.cache
 def families() -> dict[str, Family]:
     """Architecture name -> family, from every file of this folder that holds a ``FAMILY``."""

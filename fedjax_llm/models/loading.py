@@ -18,7 +18,7 @@ from fedjax_llm.assets import cache_dir
 from fedjax_llm.errors import UserError
 from fedjax_llm.models.causal_lm import CausalLM
 from fedjax_llm.models.checkpoint import Checkpoint, LazyTensors
-from fedjax_llm.models.family import Family, Weight, family_of
+from fedjax_llm.models.family import Family, Weight, family_of, weight_tree
 from fedjax_llm.models.quantised import Quantise, quantise
 from fedjax_llm.models.tokenizer import Tokenizer
 from fedjax_llm.types import Params
@@ -92,20 +92,16 @@ def read_params(
       UserError: tensors are missing, left over or misshapen; their names are listed.
     """
     check_names(checkpoint, _expected(family, config), config)
-    params: dict[str, Any] = {"layers": tuple({} for _ in range(config.layers))}
-    for weight in family.weights(config):
-        layered = "{layer}" in weight.name
-        for layer in range(config.layers) if layered else (None,):
-            array = checkpoint.tensors[weight.name.format(layer=layer)]
-            place = params if layer is None else params["layers"][layer]
-            for key in weight.path[:-1]:
-                place = place.setdefault(key, {})
-            array = array.T if weight.transpose else array
-            if quantised != "none" and weight.path[-1] == "kernel":
-                place[weight.path[-1]] = quantise(array, quantised, dtype, weight.name.format(layer=layer))
-            else:
-                place[weight.path[-1]] = jnp.asarray(array, dtype)
-    return params
+
+    def read(weight: Weight, layer: int | None) -> Any:
+        name = weight.name.format(layer=layer)
+        array = checkpoint.tensors[name]
+        array = array.T if weight.transpose else array
+        if quantised != "none" and weight.path[-1] == "kernel":
+            return quantise(array, quantised, dtype, name)
+        return jnp.asarray(array, dtype)
+
+    return weight_tree(family, config, read)
 
 
 def check_names(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], config: Any) -> None:

@@ -5,13 +5,12 @@ sharded data parallelism: Zhao et al. 2023, arXiv 2304.11277). Over ``tensor`` t
 et al. 2019, arXiv 1909.08053), as a family's weight table says. Vectors are small: every device has all of them.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
 
-from fedjax_llm.models.family import Family, Weight
+from fedjax_llm.models.family import Family, Weight, weight_tree
 from fedjax_llm.types import Params, PyTree
 
 
@@ -28,7 +27,7 @@ def specs(family: Family, config: Any, tensor: int) -> PyTree:
       config: of the model.
       tensor: devices along that axis. A vocabulary that they do not divide is not cut.
     """
-    return tree(family, config, lambda weight: _spec(weight, tensor))
+    return weight_tree(family, config, lambda weight, _: _spec(weight, tensor))
 
 
 def gather_layer(family: Family, config: Any, layer: Params, axis: str) -> Params:
@@ -40,14 +39,19 @@ def gather_layer(family: Family, config: Any, layer: Params, axis: str) -> Param
       layer: the parts of its weights.
       axis: of the mesh over which they are spread.
     """
-    return _gather(tree(family, config, fsdp_axis)["layers"][0], layer, axis)
+    return _gather(_axes(family, config)["layers"][0], layer, axis)
 
 
 def gather_outer(family: Family, config: Any, params: Params, axis: str) -> Params:
     """The same for all weights outside of layers; the layers stay in parts."""
-    axes = tree(family, config, fsdp_axis)
+    axes = _axes(family, config)
     outer = {name: _gather(axes[name], params[name], axis) for name in params if name != "layers"}
     return outer | {"layers": params["layers"]}
+
+
+def _axes(family: Family, config: Any) -> PyTree:
+    """The axis of each weight that is cut over ``fsdp``."""
+    return weight_tree(family, config, lambda weight, _: fsdp_axis(weight))
 
 
 def _gather(axes: PyTree, parts: PyTree, axis: str) -> PyTree:
@@ -79,14 +83,3 @@ def _spec(weight: Weight, tensor: int) -> PartitionSpec:
     if weight.split is not None and not size_of(weight)[weight.split] % tensor:
         cuts[weight.split] = "tensor"
     return PartitionSpec(*cuts)
-
-
-def tree(family: Family, config: Any, of: Callable[[Weight], Any]) -> PyTree:
-    """A function of every weight, in a tree like the parameters."""
-    found: dict[str, Any] = {"layers": tuple({} for _ in range(config.layers))}
-    for weight in family.weights(config):
-        for place in found["layers"] if "{layer}" in weight.name else (found,):
-            for key in weight.path[:-1]:
-                place = place.setdefault(key, {})
-            place[weight.path[-1]] = of(weight)
-    return found

@@ -163,7 +163,7 @@ def test_a_larger_slice_does_more_of_the_same(monkeypatch):
     monkeypatch.setattr(pod, "compiled_ends", lambda one: [linear(dict.fromkeys(NUMBERS, (1, 1)), 1)] * 2)
     first = planned(small_experiment(MeshShape(1, 4), clients_per_chunk=4), SMALL)
     larger = planned(small_experiment(MeshShape(1, 4), clients_per_chunk=8), LARGE)
-    found = elsewhere(first, small_experiment(MeshShape(1, 4)), LARGE)
+    found = elsewhere(first, LARGE)
     # What a chip holds and does, compiled for the larger slice, but for the sum at the round's end.
     exact = ("topology", "mesh", "microbatch", "weights", "clients", "memory", "flops", "layers", "fits", "model")
     assert [getattr(found, name) for name in exact] == [getattr(larger, name) for name in exact]
@@ -179,7 +179,7 @@ def test_a_larger_slice_does_more_of_the_same(monkeypatch):
         assert name in untouched or value == getattr(first, name)
     assert math.isclose(found.tokens_per_second, 2 * first.tokens_per_second)
     with pytest.raises(AssertionError, match="the same chips"):
-        elsewhere(first, small_experiment(), "v5p:2x2x2")
+        elsewhere(first, "v5p:2x2x2")
 
 
 def test_a_slice_that_cannot_be_dealt_out_is_refused():

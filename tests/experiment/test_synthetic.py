@@ -62,7 +62,7 @@ def test_operations_of_a_training_step(base):
     weights = 2 * width * width + 2 * width * keys + 3 * width * mlp  # q and o, k and v, the MLP's three
     rows, length, targets = 5, 8, 11
     by_hand = 2 * 2 * (weights * rows * length + width * config.vocab_size * targets)
-    assert training_flops(base, rows, length, targets) == by_hand
+    assert training_flops(base.model, rows * length, targets) == by_hand
 
 
 def test_given_examples_are_packed_as_a_run_would(base):

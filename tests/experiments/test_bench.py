@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from tiny import tiny_folder
 
-from experiments import bench, timing
+from experiments import bench
 from fedjax_llm.errors import UserError
+from fedjax_llm.experiment import timing
 from fedjax_llm.models.loading import load
 
 
@@ -80,7 +81,7 @@ def model_folder(tmp_path_factory):
 
 
 def test_every_case_is_measured(model_folder, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "use_compilation_cache", lambda: None)
+    monkeypatch.setattr(bench, "set_up_process", lambda: None)
     monkeypatch.setattr(bench, "matmul_peak", lambda: 1e9)
     arguments = f"bench --model {model_folder} --clients 2 --steps 2 --batch 3 --length 8 --repeats 1 --json"
     monkeypatch.setattr(sys, "argv", arguments.split())
@@ -103,7 +104,7 @@ def small(model, *arguments):
 
 
 def test_what_needs_no_peer_is_told_beside_the_peers(model_folder, monkeypatch):
-    monkeypatch.setattr(bench, "use_compilation_cache", lambda: None)
+    monkeypatch.setattr(bench, "set_up_process", lambda: None)
     monkeypatch.setattr(bench, "matmul_peak", lambda: 1e9)
     monkeypatch.setattr(bench, "peer_cases", lambda *arguments: pytest.fail("no peer was asked for"))
     share, cost = small(model_folder, "cost-of-privacy", "share-of-peak")

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from tiny import tiny_folder
 
-from experiments import peer_cases, timing
+from experiments import peer_cases
 from experiments.peer_cases import GENERATE, NAMES, Setup
 from fedjax_llm.data.records import EncodedExample
 from fedjax_llm.errors import UserError
+from fedjax_llm.experiment import timing
 from fedjax_llm.experiment.synthetic import plan_on
 from fedjax_llm.federation.plan import Execution
 from fedjax_llm.federation.rounds import run_round

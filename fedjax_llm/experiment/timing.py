@@ -1,11 +1,12 @@
-"""How the benchmark times: after a warm-up, and what is compared in turns."""
+"""How work is timed: after a warm-up, and in turns where it is compared; and how fast a matrix product is here."""
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 Work = Callable[[], Any]
 
@@ -41,3 +42,17 @@ def spread(ratios: Iterable[float]) -> dict[str, float]:
     ordered = sorted(ratios)
     found = {"ratio": statistics.median(ordered), "low": ordered[0], "high": ordered[-1]}
     return {name: round(value, 3) for name, value in found.items()}
+
+
+_LAYERS = ((1024, 576, 1536), (2048, 2048, 2048), (1024, 576, 4096))
+"""(m, k, n) of products like those in a transformer's layers."""
+
+
+def matmul_peak(shapes: Sequence[tuple[int, int, int]] = _LAYERS, repeats: int = 10) -> float:
+    """This machine's f32 matrix-product peak in FLOP/s: the best of several shapes (m, k, n) and repeats."""
+    multiply, best = jax.jit(lambda a, b: a @ b), 0.0
+    for m, k, n in shapes:
+        a, b = jnp.ones((m, k)), jnp.ones((k, n))
+        seconds = min(timed(lambda: multiply(a, b), repeats))  # noqa: B023
+        best = max(best, 2.0 * m * k * n / seconds)
+    return best
