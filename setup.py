@@ -51,8 +51,15 @@ EXTRAS = {
     "parity": ["peft>=0.18", "torch>=2.8"],  # the reference that `make parity` compares with
     "topology": ["libtpu>=0.0.42"],  # compiles for TPUs that are not there (`experiments.plan --topology`)
     "hub": ["datasets>=4.0"],  # any Hugging Face dataset by name
+    "flower": ["flwr>=1.41"],  # federation over real sites (`fedjax_llm/deployment/`)
+    "sql": ["sqlalchemy>=2.0.45"],  # text from a database (`SqlTable`); drivers are the database's own
+    "serve": ["starlette>=1.3", "uvicorn>=0.40"],  # the page of `experiments.serve`
+    "wandb": ["wandb>=0.22"],
+    "mlflow": ["mlflow-skinny>=3.10"],
 }
-EXTRAS["dev"] = EXTRAS["test"] + EXTRAS["lint"]
+# What the tests of optional parts need, so that `make test` leaves none of them out.
+EXTRAS["dev"] = [one for name in ("test", "lint", "flower", "sql", "serve", "wandb", "mlflow") for one in EXTRAS[name]]
+EXTRAS["dev"].append("httpx>=0.28")  # starlette's test client
 
 setup(
     name="fedjax_llm",

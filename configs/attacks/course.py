@@ -6,9 +6,8 @@ SmolLM2 learns flashcards at eight clinics, whose records also state secrets of 
 64 times each, and 200 once or not at all by a coin. It is trained centralised, federated, and federated with
 differential privacy at epsilon 8 and 1, each on about 110,000 tokens, with three seeds. The unit of privacy is a
 patient: all records of one person at a site, so that stating a secret more often does not weaken its protection. Then
-every model is asked for the secrets, for membership, and audited; at the end full fine-tuning is set beside LoRA, on
-the lowest ten of the thirty layers (all weights of all layers would take as long as everything else together). The
-command can be stopped at any time; the same command goes on.
+every model is asked for the secrets, for membership, and audited. The command can be stopped at any time; the same
+command goes on. Full fine-tuning is set beside LoRA in memorisation.py.
 """
 
 from fedjax_llm.aggregation.fedavg import FedAvg
@@ -19,7 +18,6 @@ from fedjax_llm.data.splits import Fractions
 from fedjax_llm.evaluation.evaluate import Evaluation
 from fedjax_llm.experiment.course import Course
 from fedjax_llm.experiment.ground import Attacks
-from fedjax_llm.experiment.memorisation import Memorisation
 from fedjax_llm.federation.plan import Execution, Federation
 from fedjax_llm.lora import Lora
 from fedjax_llm.privacy.dp_fedsgd import DpFedSgd
@@ -73,5 +71,4 @@ def get_attack() -> Course:
         },
         seeds=(0, 1, 2),
         attacks=Attacks(shadows=16, shadow_epochs=1),
-        memorisation=Memorisation(experiment=experiment(), layers=10),
     )

@@ -200,6 +200,7 @@ def with_canary_clients(plan: RoundPlan, adapters: Adapters, numbers: Sequence[i
 def _audited(plan: RoundPlan, adapters: Adapters) -> RoundPlan:
     """The rounds with a model that knows canaries, shapes for their rows, and a server that keeps its view."""
     trained = tuple(sorted({name for factors in adapters.values() for name in factors}))
+    spread = plan.execution.mesh.fsdp > 1
     refusals = {
         "lora.train is 'core', whose matrices the model sees only as products; set it to 'b' or 'both'": "c" in trained,
         "lora.ranks gives clients adapters of different ranks; set it to ()": bool(plan.ranks),
@@ -210,6 +211,7 @@ def _audited(plan: RoundPlan, adapters: Adapters) -> RoundPlan:
         is not None
         or plan.aggregation.view is not Sum,
         "sites train alone, and nothing is released; choose the setting federated": plan.setting == "local",
+        "weights are spread, and canaries know no layer to gather; set execution.mesh.fsdp to 1": spread,
     }
     for reason, holds in refusals.items():
         if holds:

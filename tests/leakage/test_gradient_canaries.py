@@ -1,5 +1,6 @@
 """Canaries through the code that trains: their gradients, what clipping makes of them, and the other rows."""
 
+from dataclasses import replace
 from io import StringIO
 from typing import Any
 
@@ -24,6 +25,7 @@ from fedjax_llm.federation.rounds import initial_state, run_round
 from fedjax_llm.leakage import gradient_canaries
 from fedjax_llm.leakage.gradient_canaries import CanaryModel, direction, evidence, example_of, projections, watched
 from fedjax_llm.lora import Lora
+from fedjax_llm.mesh import MeshShape
 from fedjax_llm.models.causal_lm import lowest_adapted
 from fedjax_llm.models.loading import load
 from fedjax_llm.privacy.clipping import Clip, clip_units
@@ -233,6 +235,9 @@ def test_runs_that_cannot_be_audited_are_refused(small):
     core = {"layers.0.x": {"c": jnp.zeros((2, 2))}}
     with pytest.raises(UserError, match="'core'"):
         gradient_canaries.with_canaries(other.plan, core, [0])
+    spread = replace(other.plan.execution, mesh=MeshShape(fsdp=2))
+    with pytest.raises(UserError, match=r"mesh\.fsdp"):
+        gradient_canaries.with_canaries(other.plan._replace(execution=spread), other.adapters, [0])
     weighted = prepared.plan._replace(mechanism=prepared.plan.mechanism._replace(site_weights=lambda examples: 1.0))
     with pytest.raises(UserError, match="weighting"):
         gradient_canaries.with_canary_clients(weighted, prepared.adapters, [0])
