@@ -2,9 +2,9 @@
 
     python -m experiments.attack --config=configs/attacks/memorisation.py
 
-The cards of eight clinics with planted patient records, as in course.py, in one place and without privacy. Both trainings
-take the same batches, and are looked at eight times on the way; the whole model is trained, so it takes more than an
-hour on two cores. A training that is finished is not repeated.
+The cards of eight clinics with planted patient records, as in course.py, in one place and without privacy. Both
+trainings take the same batches, and are looked at six times on the way; the whole model is trained, about forty minutes
+on two cores. A training that is finished is not repeated.
 """
 
 from fedjax_llm.config import Data, Experiment
@@ -30,5 +30,7 @@ def get_attack() -> Memorisation:
             ),
             evaluation=Evaluation(test_records=24, choice_questions=0, generations=0),
             execution=Execution(tokens_per_microbatch=256, buckets=4, evaluation_buckets=2),
-        )
+        ),
+        batch_size=8,
+        checks=6,
     )

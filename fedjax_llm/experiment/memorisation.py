@@ -158,7 +158,9 @@ def _train(
     found = [_check(attack, bench, state, 0)]
     rng = np.random.default_rng([attack.seed, 17])
     for number, batch in enumerate(whole.batches(bench.train, attack.batch_size, attack.steps, rng), 1):
-        state, _ = whole.step(base.model, attack.lora.scaling, optimizer, trained, state, whole.arrays_of(batch))
+        state, loss = whole.step(base.model, attack.lora.scaling, optimizer, trained, state, whole.arrays_of(batch))
+        # Each step that waited for this one would hold weights and moments of its own.
+        jax.block_until_ready(loss)
         advance(1)
         if number in due:
             found.append(_check(attack, bench, state, number))
