@@ -112,7 +112,9 @@ def target_modules(lora: Lora, model: CausalLM) -> dict[str, tuple[int, int]]:
         if not matched:
             within = model.family.projections(model.config)
             known = {path.rsplit(".", 1)[-1] for path in within} | set(within)
-            raise UserError(f"lora.targets has {pattern!r}, which matches no module{nearest(pattern, known)}")
+            names = ", ".join(dict.fromkeys(path.rsplit(".", 1)[-1] for path in within))
+            near = nearest(pattern, known)
+            raise UserError(f"lora.targets has {pattern!r}, which matches no module{near}; this model has {names}")
         found |= {path: size for path, size in matched.items() if int(path.split(".")[1]) in chosen}
     if not found:
         raise UserError("lora.targets is empty: no module would get an adapter")
@@ -340,7 +342,12 @@ def truncated(adapters: Adapters, rank: Array) -> Adapters:
 
 
 def products(adapters: Adapters) -> dict[str, Array]:
-    """Module -> ``a b`` [..., in, out] in full f32, without the scaling."""
+    """Module -> ``a b`` [..., in, out] in full f32, without the scaling.
+
+    >>> print(products({"up_proj": {"a": jnp.array([[1.0], [2.0]]), "b": jnp.array([[3.0, 4.0]])}})["up_proj"])
+    [[3. 4.]
+     [6. 8.]]
+    """
     exact = jax.lax.Precision.HIGHEST
     return {
         path: jnp.matmul(factors["a"].astype(jnp.float32), factors["b"].astype(jnp.float32), precision=exact)
@@ -361,7 +368,11 @@ def add(params: Params, change: Mapping[str, Array]) -> Params:
 
 
 def size(adapters: PyTree) -> int:
-    """How many numbers the adapters hold."""
+    """How many numbers the adapters hold.
+
+    >>> size({"layers.0.mlp.up_proj": {"a": jnp.zeros((32, 4)), "b": jnp.zeros((4, 48))}})
+    320
+    """
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(adapters))
 
 

@@ -1,7 +1,8 @@
 """Adapters in the format of PEFT, both ways: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
 PEFT keeps ``lora_A`` as [R, in] and ``lora_B`` as [out, R], unscaled, and computes ``x W' + (alpha / R) x A' B'``:
-ours, transposed. LoRA, rsLoRA and DoRA are read; a variant that computes something else is refused by name.
+ours, transposed, however the adapted matrix itself is stored. LoRA, rsLoRA and DoRA are read; a variant that computes
+something else is refused by name.
 """
 
 import json
@@ -9,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,9 +22,9 @@ from fedjax_llm.models.json_files import read_object
 from fedjax_llm.types import Adapters
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_KEY = "base_model.model.model.{path}.lora_{factor}.weight"
-_MAGNITUDE = "base_model.model.model.{path}.lora_magnitude_vector"
-_KEY_PATTERN = re.compile(r"base_model\.model\.model\.(layers\.\d+\..+)\.lora_([AB])\.weight")
+_MODULE = re.compile(r"base_model\.model\.(.+?)\.(\d+\..+)\.lora_[AB]\.weight")
+"""What a factor belongs to: the list of layers, and the layer's number with the module within."""
+_FACTORS = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
 
 _REFUSED = {
     "lora_bias": "a bias on lora_B",
@@ -31,7 +32,6 @@ _REFUSED = {
     "trainable_token_indices": "trained embeddings",
     "rank_pattern": "ranks that differ between modules",
     "alpha_pattern": "scalings that differ between modules",
-    "fan_in_fan_out": "weights kept as [in, out]",
     "target_parameters": "adapters on bare parameters",
     "layer_replication": "replicated layers",
     "alora_invocation_tokens": "activated LoRA",
@@ -54,7 +54,46 @@ Seal = Callable[[Path, bytes], bytes]
 """What a file is to hold for a content."""
 
 
-def write_adapter(folder: Path, adapters: Adapters, lora: Lora, base_model: str, seal: Seal | None = None) -> None:
+class Naming(NamedTuple):
+    """What Hugging Face calls a model's adapted modules.
+
+    Attributes:
+      layers: the list of layers, e.g. ``model.layers`` or ``transformer.h``.
+      fan_in_fan_out: whether files keep the matrices as [in, out].
+    """
+
+    layers: str = "model.layers"
+    fan_in_fan_out: bool = False
+
+    def tensor(self, path: str, factor: str) -> str:
+        """The name of a factor (``a``, ``b`` or ``m``) of a module ``layers.N.module``."""
+        return f"base_model.model.{self.module(path)}.{_FACTORS[factor]}"
+
+    def module(self, path: str) -> str:
+        """The name of a module ``layers.N.module``."""
+        return f"{self.layers}.{path.removeprefix('layers.')}"
+
+
+def naming_of(model: CausalLM) -> Naming:
+    """The names and the layout of the matrices in the weight table of a model."""
+    table = model.family.weights(model.config)
+    names = {".".join(weight.path[:-1]): weight for weight in table if weight.path[-1] == "kernel"}
+    found = {
+        Naming(names[path].name.removesuffix(f".{{layer}}.{path}.weight"), not names[path].transpose)
+        for path in model.family.projections(model.config)
+    }
+    (naming,) = found
+    return naming
+
+
+def write_adapter(
+    folder: Path,
+    adapters: Adapters,
+    lora: Lora,
+    base_model: str,
+    seal: Seal | None = None,
+    model: CausalLM | None = None,
+) -> None:
     """Writes adapters as PEFT reads them: float32, for the base model's original weights.
 
     The two files are complete or absent: a folder that is interrupted while being written is refused by the readers.
@@ -65,6 +104,7 @@ def write_adapter(folder: Path, adapters: Adapters, lora: Lora, base_model: str,
       lora: what they were made with.
       base_model: name or path of the model that they belong to; PEFT loads it on request.
       seal: encrypts the files, which PEFT then cannot read; ``None``: they are in clear.
+      model: that they belong to; ``None``: one whose layers are ``model.layers``.
 
     Raises:
       UserError: the folder cannot be written.
@@ -72,15 +112,15 @@ def write_adapter(folder: Path, adapters: Adapters, lora: Lora, base_model: str,
     """
     from safetensors.numpy import save
 
-    tensors: dict[str, np.ndarray] = {}
+    naming, tensors = Naming() if model is None else naming_of(model), {}
     for path, factors in adapters.items():
         a, b = (np.asarray(factors[name], np.float32) for name in ("a", "b"))
         if a.ndim != 2 or b.ndim != 2 or a.shape[1] != lora.rank or b.shape[0] != lora.rank:
             raise ValueError(f"{path}: a {a.shape} and b {b.shape} are no factors of rank {lora.rank}")
-        tensors[_KEY.format(path=path, factor="A")] = np.ascontiguousarray(a.T)
-        tensors[_KEY.format(path=path, factor="B")] = np.ascontiguousarray(b.T)
+        tensors[naming.tensor(path, "a")] = np.ascontiguousarray(a.T)
+        tensors[naming.tensor(path, "b")] = np.ascontiguousarray(b.T)
         if lora.dora:
-            tensors[_MAGNITUDE.format(path=path)] = np.asarray(factors["m"], np.float32)
+            tensors[naming.tensor(path, "m")] = np.asarray(factors["m"], np.float32)
     if not tensors:
         raise ValueError("there are no adapters to write")
     modules, layers = _grid(adapters)
@@ -99,7 +139,7 @@ def write_adapter(folder: Path, adapters: Adapters, lora: Lora, base_model: str,
         "bias": "none",
         "use_rslora": lora.rslora,
         "use_dora": lora.dora,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": naming.fan_in_fan_out,
         "inference_mode": True,
     }
     files = {_WEIGHTS: save(tensors, {"format": "pt"}), _CONFIG: json.dumps(config, indent=2).encode()}
@@ -122,27 +162,36 @@ def read_adapter(folder: Path, read: Read = Path.read_bytes) -> tuple[Lora, Adap
       UserError: files are missing or damaged, the adapter is not plain LoRA, or tensors are missing, left over or
         misshapen; their names are listed.
     """
+    return _read_adapter(folder, read, None)
+
+
+def _read_adapter(folder: Path, read: Read, naming: Naming | None) -> tuple[Lora, Adapters]:
+    """The same, of a model with these names; ``None``: with those that are found."""
     config = _read_config(folder, read)
     lora = _plain_lora(config, folder / _CONFIG)
     targets, named = _declared(config, folder / _CONFIG)
     tensors = _read_weights(folder, read)
-    names = [name for name in tensors if lora.dora and name.endswith(".lora_magnitude_vector")]
+    lists = {match[1]: None for match in map(_MODULE.fullmatch, tensors) if match}
+    if naming is None:
+        naming = Naming(next(iter(lists))) if lists else Naming()
+    elif lists and naming.layers not in lists:
+        raise UserError(
+            f"The adapter in {folder} adapts {', '.join(lists)}, but the model's layers are {naming.layers}; "
+            "it was made for another kind of model"
+        )
+    names = [name for name in tensors if lora.dora and name.endswith(f".{_FACTORS['m']}")]
     magnitudes = {name: tensors.pop(name) for name in names}
-    paths = _check_tensors(folder, tensors, targets, named, lora.rank)
-    absent = [path for path in paths if lora.dora and _MAGNITUDE.format(path=path) not in magnitudes]
-    _raise_faults(folder, [_MAGNITUDE.format(path=path) for path in absent], [], [])
+    paths = _check_tensors(folder, tensors, targets, named, lora.rank, naming)
+    absent = [name for path in paths if lora.dora and (name := naming.tensor(path, "m")) not in magnitudes]
+    _raise_faults(folder, absent, [], [])
     adapters: Adapters = {
-        path: {
-            "a": jnp.asarray(tensors[_KEY.format(path=path, factor="A")].T),
-            "b": jnp.asarray(tensors[_KEY.format(path=path, factor="B")].T),
-        }
-        for path in paths
+        path: {factor: jnp.asarray(tensors[naming.tensor(path, factor)].T) for factor in ("a", "b")} for path in paths
     }
     if lora.dora:
         for path, factors in adapters.items():
-            factors["m"] = jnp.asarray(magnitudes[_MAGNITUDE.format(path=path)])
+            factors["m"] = jnp.asarray(magnitudes[naming.tensor(path, "m")])
     modules, layers = _grid(paths)
-    all_layers = not named and not isinstance(targets, str) and not any("layers." in name for name in targets)
+    all_layers = not named and not isinstance(targets, str) and not any(re.search(r"(^|\.)\d+\.", n) for n in targets)
     return replace(lora, targets=tuple(modules), layers=() if all_layers else tuple(layers)), adapters
 
 
@@ -152,7 +201,7 @@ def read_adapter_for(folder: Path, model: CausalLM, read: Read = Path.read_bytes
     Raises:
       UserError: as :func:`read_adapter`, or the adapter does not fit the model; modules and shapes are listed.
     """
-    lora, adapters = read_adapter(folder, read)
+    lora, adapters = _read_adapter(folder, read, naming_of(model))
     sizes = module_paths(model)
     known = {_within(path) for path in sizes}
     unknown = [module for module in lora.targets if module not in known]
@@ -225,21 +274,29 @@ def _declared(config: Mapping[str, Any], path: Path) -> tuple[str | list[str], l
 
 
 def _check_tensors(
-    folder: Path, tensors: Mapping[str, np.ndarray], targets: str | list[str], named: list[int], rank: int
+    folder: Path,
+    tensors: Mapping[str, np.ndarray],
+    targets: str | list[str],
+    named: list[int],
+    rank: int,
+    naming: Naming,
 ) -> list[str]:
     """The adapted module paths, layer by layer, each with its two factors; lists what does not fit."""
-    matches = {name: match for name in tensors if (match := _KEY_PATTERN.fullmatch(name))}
-    found = sorted({match[1] for match in matches.values()}, key=_by_layer)
-    known = [path for path in found if _is_declared(path, targets) and (not named or _layer(path) in named)]
-    extra = [name for name in tensors if name not in matches or matches[name][1] not in known]
+    matches = {name: match for name in tensors if (match := _MODULE.fullmatch(name)) and match[1] == naming.layers}
+    path_of = {name: f"layers.{match[2]}" for name, match in matches.items()}
+    found = sorted(set(path_of.values()), key=_by_layer)
+    modules = {path: naming.module(path) for path in found if not named or _layer(path) in named}
+    known = [path for path, module in modules.items() if _is_declared(module, targets)]
+    extra = [name for name in tensors if path_of.get(name) not in known]
     wanted = {targets: targets} if isinstance(targets, str) else {target: [target] for target in targets}
-    missing = [f"all of {name!r}" for name, one in wanted.items() if not any(_is_declared(path, one) for path in known)]
-    modules, layers = _grid(known)
-    paths = [f"layers.{layer}.{module}" for layer in sorted({*layers, *named}) for module in modules]
+    unmet = [name for name, one in wanted.items() if not any(_is_declared(modules[path], one) for path in known)]
+    missing = [f"all of {name!r}" for name in unmet]
+    within, layers = _grid(known)
+    paths = [f"layers.{layer}.{module}" for layer in sorted({*layers, *named}) for module in within]
     misshapen = []
     for path in paths:
-        for factor, axis in (("A", 0), ("B", 1)):
-            name = _KEY.format(path=path, factor=factor)
+        for factor, axis in (("a", 0), ("b", 1)):
+            name = naming.tensor(path, factor)
             if name not in tensors:
                 missing.append(name)
             elif tensors[name].ndim != 2 or tensors[name].shape[axis] != rank:
@@ -248,12 +305,11 @@ def _check_tensors(
     return paths
 
 
-def _is_declared(path: str, targets: str | Sequence[str]) -> bool:
+def _is_declared(module: str, targets: str | Sequence[str]) -> bool:
     """Whether ``target_modules`` covers a module, as PEFT decides it: by a whole path or its end, or by a pattern."""
-    full = f"model.{path}"
     if isinstance(targets, str):
-        return targets == "all-linear" or re.fullmatch(targets, full) is not None
-    return any(full == target or full.endswith(f".{target}") for target in targets)
+        return targets == "all-linear" or re.fullmatch(targets, module) is not None
+    return any(module == target or module.endswith(f".{target}") for target in targets)
 
 
 def _grid(paths: Iterable[str]) -> tuple[list[str], list[int]]:

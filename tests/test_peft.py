@@ -12,7 +12,9 @@ from tiny import same, tiny_adapters, tiny_model
 from fedjax_llm import lora as lora_module
 from fedjax_llm.errors import UserError
 from fedjax_llm.lora import Lora
-from fedjax_llm.peft import read_adapter, read_adapter_for, write_adapter
+from fedjax_llm.models import gpt2
+from fedjax_llm.models.causal_lm import CausalLM
+from fedjax_llm.peft import Naming, naming_of, read_adapter, read_adapter_for, write_adapter
 
 ATTENTION = ("q_proj", "v_proj")
 Q_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -108,6 +110,31 @@ def test_files(folder, model):
     a = tiny_adapters(model, rank=3, targets=ATTENTION)["layers.0.self_attn.q_proj"]["a"]
     np.testing.assert_array_equal(tensors[Q_A], np.asarray(a).T)
     assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def tiny_gpt2():
+    fields = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    return CausalLM(gpt2.FAMILY, gpt2.config_from_hf(fields))
+
+
+def test_names_and_layout_are_those_of_the_models_file(tmp_path, model):
+    assert naming_of(model) == Naming("model.layers", fan_in_fan_out=False)
+    assert naming_of(tiny_gpt2()) == Naming("transformer.h", fan_in_fan_out=True)
+    lora = Lora(rank=3, targets=("c_attn", "c_proj"), layers=(1,))
+    adapters = tiny_adapters(tiny_gpt2(), rank=3, targets=lora.targets)
+    adapters = {path: factors for path, factors in adapters.items() if path.startswith("layers.1.")}
+    write_adapter(tmp_path, adapters, lora, "gpt2", model=tiny_gpt2())
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["fan_in_fan_out"] is True
+    assert config["target_modules"] == ["attn.c_attn", "attn.c_proj", "mlp.c_proj"]
+    shapes = {name: array.shape for name, array in load_file(tmp_path / "adapter_model.safetensors").items()}
+    assert len(shapes) == 6
+    assert shapes["base_model.model.transformer.h.1.attn.c_attn.lora_A.weight"] == (3, 32)
+    assert shapes["base_model.model.transformer.h.1.attn.c_attn.lora_B.weight"] == (96, 3)
+    configure(tmp_path, target_modules=["c_attn", "h.1.attn.c_proj", "transformer.h.1.mlp.c_proj"])
+    for found, again in (read_adapter(tmp_path), read_adapter_for(tmp_path, tiny_gpt2())):
+        assert same(again, adapters)
+        assert found.layers == (1,)
 
 
 def test_an_older_adapter_is_replaced_and_other_files_stay(folder, model):
@@ -219,7 +246,6 @@ def test_a_single_layer_as_a_number(folder, model):
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
         ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"trainable_token_indices": [3]}, "trained embeddings"),
         ({"lora_bias": True}, "lora_bias"),
         ({"alora_invocation_tokens": [1]}, "activated LoRA"),
@@ -292,7 +318,24 @@ def test_damaged_folders(folder, tmp_path):
     assert "has no adapter_config.json" in refusal(tmp_path / "nowhere")
 
 
+def test_how_the_adapted_matrix_is_stored_says_nothing_of_the_factors(folder, model):
+    expected = read_adapter_for(folder, model)[1]
+    configure(folder, fan_in_fan_out=True)
+    assert same(read_adapter_for(folder, model)[1], expected)
+
+
+def test_a_magnitude_without_dora_is_left_over(folder):
+    name = Q_A.replace("lora_A.weight", "lora_magnitude_vector")
+    retensor(folder, {name: np.ones(32, np.float32)})
+    assert f"1 no LoRA factors of target_modules: {name}" in refusal(folder)
+
+
 # For a model.
+
+
+def test_an_adapter_of_another_family(folder):
+    message = refusal(folder, tiny_gpt2())
+    assert "adapts model.layers, but the model's layers are transformer.h; it was made for another kind" in message
 
 
 def test_an_adapter_of_another_model(folder, tmp_path):

@@ -101,7 +101,7 @@ def score_options(
             for name in ("branch", "position", "parent")
         )
         row, slot = batch.target_row, batch.target_position + 1
-        seen = tree_mask(branch, position, model.config.window)
+        seen = tree_mask(branch)
         below = None if trunk is None else jnp.asarray(trunk.block(batch.tokens, position, seen))
         targets = (row, parent[row, slot], batch.target_token)
         nll, _ = slots(model, scaling, params, adapters, batch.tokens, position, seen, *targets, below=below)
@@ -122,18 +122,15 @@ def chosen(question: ChoiceQuestion, scores: np.ndarray) -> int:
     return int(min(best, key=lambda option: hashlib.sha256(question.options[option].encode()).digest()))
 
 
-def tree_mask(branch: np.ndarray, position: np.ndarray, window: int | None) -> np.ndarray:
-    """Who sees whom in rows of branches: bool [M, L, L].
+def tree_mask(branch: np.ndarray) -> np.ndarray:
+    """Who sees whom in rows of branches, whatever the window: bool [M, L, L].
 
     Args:
       branch: [M, L], -1 in the part that all share, which stands first. What is padded on the right may have any.
-      position: [M, L].
-      window: how many positions back a query sees, itself included; ``None``: all.
     """
     earlier = np.tri(branch.shape[1], dtype=bool)
     related = (branch[:, None, :] == -1) | (branch[:, None, :] == branch[:, :, None])
-    near = True if window is None else position[:, :, None] - position[:, None, :] < window
-    return earlier & related & near
+    return earlier & related
 
 
 def _padded(columns: Sequence[np.ndarray], length: int) -> np.ndarray:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedjax_llm.models import sharding
-from fedjax_llm.models.family import Family
+from fedjax_llm.models.family import Family, Window, layer_window
 from fedjax_llm.types import Adapters, Params, PyTree
 
 Remat = Literal["none", "matmuls", "blocks"]
@@ -56,7 +56,7 @@ class CausalLM:
           adapters: scaled factors (``lora.scaled``), with or without a leading row axis; ``{}`` for the base model.
           tokens: int32 [M, L], padded on the right. Padding needs no mask: no real position sees it.
           positions: int32 [L] or [M, L]; counted from zero if not given.
-          mask: bool [M, L, L], who sees whom; causal if not given.
+          mask: bool [M, L, L], who sees whom within a layer's window; causal if not given.
           dropout_keys: one typed key a row, [M]; without them nothing is dropped.
           below: [M, L, D], what enters the lowest adapted layer, if it is known already: what :meth:`trunk` gives for
             ``lowest_adapted(adapters)`` layers, with anything finite at padding. Only the layers from there on are run.
@@ -64,11 +64,11 @@ class CausalLM:
         Returns:
           [M, L, D].
         """
-        x, terms, mask = self._enter(params, tokens, positions, mask)
+        x, terms, masks = self._enter(params, tokens, positions, mask)
         layers, first = self.config.layers, 0
         if below is not None:
             x, first = below, lowest_adapted(adapters)
-        x = self._blocks(params, adapters, range(first, layers), x, terms, mask, dropout_keys)
+        x = self._blocks(params, adapters, range(first, layers), x, terms, masks, dropout_keys)
         return self.family.finish(self.config, params, x)
 
     def trunk(
@@ -88,18 +88,25 @@ class CausalLM:
         Returns:
           [M, L, D].
         """
-        x, terms, mask = self._enter(params, tokens, positions, mask)
+        x, terms, masks = self._enter(params, tokens, positions, mask)
         # Nothing is dropped or differentiated: a model with dropout shares the programs of one without.
         plain = replace(self, dropout=0.0, remat="none")
-        return plain._blocks(params, {}, range(layers), x, terms, mask, None)
+        return plain._blocks(params, {}, range(layers), x, terms, masks, None)
 
     def _enter(self, params: Params, tokens: Array, positions: Array | None, mask: Array | None) -> tuple:
-        """What the lowest block takes: (x [M, L, D], terms, mask)."""
+        """What the lowest block takes, with the masks of all windows: (x [M, L, D], terms, masks)."""
         every = jnp.arange(tokens.shape[1])
+        at = every if positions is None else positions
         if mask is None:
-            mask = visible(every, every, self.config.window)[None]
-        x, terms = self.family.embed(self.config, params, tokens, every if positions is None else positions)
-        return x, terms, mask
+            masks = {window: visible(every, every, window)[None] for window in self._windows()}
+        else:
+            masks = {window: mask if window is None else mask & _near(at, window) for window in self._windows()}
+        x, terms = self.family.embed(self.config, params, tokens, at)
+        return x, terms, masks
+
+    def _windows(self) -> list[Window]:
+        """Those that layers have, each once."""
+        return list(dict.fromkeys(layer_window(self.config, layer) for layer in range(self.config.layers)))
 
     def _blocks(
         self,
@@ -108,7 +115,7 @@ class CausalLM:
         layers: Sequence[int],
         x: Array,
         terms: PyTree,
-        mask: Array,
+        masks: dict[Window, Array],
         dropout_keys: Array | None,
     ) -> Array:
         """Runs the blocks of ``layers``, without a cache."""
@@ -117,7 +124,8 @@ class CausalLM:
         for layer in layers:
             keys = None if dropout_keys is None else jax.vmap(jax.random.fold_in, (0, None))(dropout_keys, layer)
             variables = {"params": params["layers"][layer], "lora": layer_adapters(adapters, layer)}
-            x, _ = apply(block, variables, x, terms, mask, None, None, keys)
+            own, mask = self.family.layer_terms(self.config, terms, layer), masks[layer_window(self.config, layer)]
+            x, _ = apply(block, variables, x, own, mask, None, None, keys)
         return x
 
     def _applied(self) -> Callable[..., tuple[Array, PyTree]]:
@@ -169,14 +177,17 @@ class CausalLM:
         slots = at + jnp.arange(tokens.shape[1])
         positions = jnp.maximum(slots[None] - padding[:, None], 0)
         every = jnp.arange(cache[0]["key"].shape[1])
-        mask = visible(slots, every, self.config.window)[None] & (every[None, None] >= padding[:, None, None])
-        # A padding query sees itself, so that its softmax has something to sum over.
-        mask = mask | (slots[:, None] == every[None])[None]
+        masks = {}
+        for window in self._windows():
+            mask = visible(slots, every, window)[None] & (every[None, None] >= padding[:, None, None])
+            # A padding query sees itself, so that its softmax has something to sum over.
+            masks[window] = mask | (slots[:, None] == every[None])[None]
         x, terms = self.family.embed(self.config, params, tokens, positions)
         block, filled = self.family.block(self.config, 0.0), []
         for layer, weights in enumerate(params["layers"]):
             variables = {"params": weights, "lora": layer_adapters(adapters, layer)}
-            x, kept = _apply_block(block, variables, x, terms, mask, cache[layer], at, None)
+            own, mask = self.family.layer_terms(self.config, terms, layer), masks[layer_window(self.config, layer)]
+            x, kept = _apply_block(block, variables, x, own, mask, cache[layer], at, None)
             filled.append(kept)
         return self.family.finish(self.config, params, x), tuple(filled)
 
@@ -187,7 +198,12 @@ def _apply_block(block, variables, x, terms, mask, cache, at, dropout_keys):
     return block.apply(variables, x, terms, mask, cache, at, dropout_keys)
 
 
-def visible(queries: Array, keys: Array, window: int | None) -> Array:
+def _near(positions: Array, window: int) -> Array:
+    """Bool [..., L, L]: which of ``positions`` [..., L] are within the window of a query, whatever the order."""
+    return positions[..., :, None] - positions[..., None, :] < window
+
+
+def visible(queries: Array, keys: Array, window: Window) -> Array:
     """Bool [L, S]: which key positions [S] a query position [L] sees."""
     distance = queries[:, None] - keys[None]
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)

@@ -15,6 +15,9 @@ from jax import Array
 from fedjax_llm.errors import UserError, nearest
 from fedjax_llm.types import Params, PyTree
 
+Window = int | None
+"""How many positions back a query sees, itself included; ``None``: all."""
+
 
 class FamilyConfig(Protocol):
     """What the generic code reads of a family's frozen configuration."""
@@ -45,8 +48,8 @@ class FamilyConfig(Protocol):
         ...
 
     @property
-    def window(self) -> int | None:
-        """How many positions back a query sees, itself included; ``None``: all."""
+    def window(self) -> Window | tuple[Window, ...]:
+        """How far back a query sees; one for each layer where layers differ."""
         ...
 
     @property
@@ -88,6 +91,8 @@ class Family(NamedTuple):
       finish: ``(config, params, x) -> hidden``: the final norm.
       logits: ``(config, params, hidden [K, D]) -> [K, V]`` in f32.
       projections: adaptable module path within a layer -> (in, out).
+      layer_terms: ``(config, terms, layer) -> terms`` of that layer's block, where layers differ in them.
+      refused: (architecture, why, and what to do) for those near to its own that it does not serve.
     """
 
     architectures: tuple[str, ...]
@@ -98,6 +103,13 @@ class Family(NamedTuple):
     finish: Callable[[Any, Params, Array], Array]
     logits: Callable[[Any, Params, Array], Array]
     projections: Callable[[Any], dict[str, tuple[int, int]]]
+    layer_terms: Callable[[Any, PyTree, int], PyTree] = lambda _, terms, __: terms
+    refused: tuple[tuple[str, str], ...] = ()
+
+
+def layer_window(config: FamilyConfig, layer: int) -> Window:
+    """How far back a query of a layer sees."""
+    return config.window[layer] if isinstance(config.window, tuple) else config.window
 
 
 def weight_tree(family: Family, config: Any, of: Callable[[Weight, int | None], Any]) -> dict[str, Any]:
@@ -141,6 +153,10 @@ def family_of(config: Mapping[str, Any]) -> Family:
     for name in names:
         if name in families():
             return families()[name]
+    reasons = {name: why for family in families().values() for name, why in family.refused}
+    for name in names:
+        if name in reasons:
+            raise UserError(f"The model's architecture {name!r} is not supported: {reasons[name]}")
     raise UserError(
         f"The model's architecture {', '.join(map(repr, names)) or '(none named in config.json)'} is not supported"
         + nearest(names[0] if names else "", families())

@@ -68,9 +68,15 @@ class Projection(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation over the last axis, in f32 (Zhang and Sennrich 2019)."""
+    """Root-mean-square normalisation over the last axis, in f32 (Zhang and Sennrich 2019).
+
+    Attributes:
+      epsilon: added to the mean square.
+      offset: added to the scale, which is then applied in f32; ``None``: the scale is applied after rounding.
+    """
 
     epsilon: float
+    offset: float | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -78,7 +84,25 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        if self.offset is not None:
+            return (wide * (self.offset + scale.astype(jnp.float32))).astype(x.dtype)
         return wide.astype(x.dtype) * scale
+
+
+class LayerNorm(nn.Module):
+    """Normalisation of mean and variance over the last axis, in f32 (Ba et al. 2016, arXiv 1607.06450)."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[..., D] -> [..., D], in the type of ``x``."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        wide = x.astype(jnp.float32)
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        return (wide * scale + bias).astype(x.dtype)
 
 
 def rotary_tables(positions: Array, frequencies: Array) -> tuple[Array, Array]:
@@ -88,10 +112,16 @@ def rotary_tables(positions: Array, frequencies: Array) -> tuple[Array, Array]:
 
 
 def rotate(x: Array, tables: tuple[Array, Array]) -> Array:
-    """Turns [M, L, H, hd] by ``tables``, in the rotate-half layout: dimension i is paired with i + hd/2."""
+    """Turns [M, L, H, hd] by ``tables`` [..., L, t/2], in the rotate-half layout: dimension i is paired with i + t/2.
+
+    Dimensions from t on are left alone.
+    """
     cos, sin = (table[..., None, :] for table in tables)
     if cos.ndim < x.ndim:  # positions shared by all rows
         cos, sin = cos[None], sin[None]
+    turned = 2 * cos.shape[-1]
+    if turned < x.shape[-1]:
+        return jnp.concatenate([rotate(x[..., :turned], tables), x[..., turned:]], axis=-1)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
@@ -134,7 +164,14 @@ def _vocabulary_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Ar
 vocabulary_logits.defvjp(_vocabulary_forward, _vocabulary_backward)
 
 
-def grouped_attention(query: Array, key: Array, value: Array, mask: Array) -> Array:
+def soft_capped(x: Array, cap: float) -> Array:
+    """``x`` bent smoothly into (-cap, cap) (Gemma Team 2024, arXiv 2408.00118)."""
+    return cap * jnp.tanh(x / cap)
+
+
+def grouped_attention(
+    query: Array, key: Array, value: Array, mask: Array, scale: float | None = None, cap: float | None = None
+) -> Array:
     """Softmax attention with grouped queries (Ainslie et al. 2023).
 
     The queries that share a key head are folded into the rows of one product, which a CPU runs a quarter faster than
@@ -145,6 +182,8 @@ def grouped_attention(query: Array, key: Array, value: Array, mask: Array) -> Ar
       key: [M, S, KV, hd], with H a multiple of KV.
       value: [M, S, KV, hd].
       mask: bool [M or 1, L, S]; every query sees at least one key.
+      scale: what the products of queries and keys are multiplied by; 1 / sqrt(hd) if not given.
+      cap: bound of the scores (:func:`soft_capped`).
 
     Returns:
       [M, L, H * hd].
@@ -153,7 +192,10 @@ def grouped_attention(query: Array, key: Array, value: Array, mask: Array) -> Ar
     groups = heads // key.shape[2]
     folded = query.reshape(rows, length, key.shape[2], groups, head_dim).transpose(0, 2, 3, 1, 4)
     folded = folded.reshape(rows, key.shape[2], groups * length, head_dim)
-    scores = jnp.einsum("mkqd,mskd->mkqs", folded, key, preferred_element_type=jnp.float32) * head_dim**-0.5
+    scale = head_dim**-0.5 if scale is None else scale
+    scores = jnp.einsum("mkqd,mskd->mkqs", folded, key, preferred_element_type=jnp.float32) * scale
+    if cap is not None:
+        scores = soft_capped(scores, cap)
     scores = jnp.where(jnp.tile(mask, (1, groups, 1))[:, None], scores, -1e30)
     weights = softmax(scores).astype(value.dtype)
     mixed = jnp.einsum("mkqs,mskd->mkqd", weights, value)

@@ -27,8 +27,10 @@ BaseType = Literal["float32", "bfloat16"]
 
 _CONVERSION = 1
 """Raised whenever conversion gives other numbers or another tokenizer, so that no stale copy is read."""
-_IGNORED = re.compile(r"rotary_emb\.inv_freq$")
-"""Tensors that old files carry and that are computed here."""
+_IGNORED = re.compile(r"(rotary_emb\.inv_freq|\.(attention|attn)\.(masked_)?bias)$")
+"""Tensors that old files carry and that are computed here: rotary frequencies, and causal masks with their filling."""
+_HEADS = {"lm_head.weight", "embed_out.weight"}
+"""Output layers, which files of tied models may hold as a second copy of the embedding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +81,7 @@ def load(name: str, dtype: BaseType = "float32", quantised: Quantise = "none") -
         tokenizer=_checked_tokenizer(checkpoint, config),
         name=name,
         fingerprint=checkpoint.fingerprint + ("" if quantised == "none" else f", {quantised}"),
-        size=sum(int(np.prod(shape)) for shape in _expected(family, config).values()),
+        size=sum(int(np.prod(shape)) for shape in expected_tensors(family, config).values()),
     )
 
 
@@ -91,7 +93,9 @@ def read_params(
     Raises:
       UserError: tensors are missing, left over or misshapen; their names are listed.
     """
-    check_names(checkpoint, _expected(family, config), config)
+    expected = expected_tensors(family, config)
+    checkpoint = replace(checkpoint, tensors=_full_names(checkpoint.tensors, expected))
+    check_names(checkpoint, expected, config)
 
     def read(weight: Weight, layer: int | None) -> Any:
         name = weight.name.format(layer=layer)
@@ -113,7 +117,7 @@ def check_names(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]],
     found: LazyTensors = checkpoint.tensors
     spare = {name for name in found if _IGNORED.search(name)}
     if config.tied:
-        spare.add("lm_head.weight")  # a second copy of the embedding
+        spare |= _HEADS
     missing = sorted(set(expected) - set(found))
     extra = sorted(set(found) - set(expected) - spare)
     misshapen = [
@@ -130,8 +134,13 @@ def check_names(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]],
         raise UserError(f"The tensors of {checkpoint.source} do not fit its config.json. " + "; ".join(faults))
 
 
-def _expected(family: Family, config: Any) -> dict[str, tuple[int, ...]]:
-    """Every tensor name the family wants, with its shape."""
+def expected_tensors(family: Family, config: Any) -> dict[str, tuple[int, ...]]:
+    """What a family wants of a file: Hugging Face name -> shape, as it stands there.
+
+    Args:
+      family: of the model.
+      config: of the model.
+    """
 
     def names(weight: Weight) -> Sequence[str]:
         if "{layer}" not in weight.name:
@@ -139,6 +148,17 @@ def _expected(family: Family, config: Any) -> dict[str, tuple[int, ...]]:
         return [weight.name.format(layer=layer) for layer in range(config.layers)]
 
     return {name: weight.shape for weight in family.weights(config) for name in names(weight)}
+
+
+def _full_names(tensors: LazyTensors, expected: Mapping[str, tuple[int, ...]]) -> LazyTensors:
+    """The tensors by the names of the whole model: in files of one without its head, the first part is missing."""
+    whole = next(name for name in expected if name not in _HEADS).split(".")[0]
+
+    def full(name: str) -> str:
+        longer = f"{whole}.{name}"
+        return longer if longer in expected and longer not in tensors else name
+
+    return LazyTensors({full(name): tensor for name, tensor in tensors.entries.items()})
 
 
 def _checked_tokenizer(checkpoint: Checkpoint, config: Any) -> Tokenizer:

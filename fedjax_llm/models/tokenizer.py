@@ -40,8 +40,11 @@ _SPLITS = {
 }
 _PRE_TOKENIZERS = ("smollm", "llama-bpe", "qwen2", "gpt-2", "default")
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # values of "tokenizer.ggml.token_type"
-# Control tokens that end a turn, in the families served here; GGUF files name only one of them.
-_END_TOKENS = {"<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "</s>"}
+# Control tokens that end a turn, in the families served here; files name only some of them.
+_END_TOKENS = {
+    *("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "</s>"),
+    *("<end_of_turn>", "<|end|>"),  # Gemma, Phi
+}
 
 
 class Turn(Protocol):
@@ -132,7 +135,8 @@ def from_folder(folder: Path) -> Tokenizer:
 
     The special tokens are those of ``tokenizer_config.json`` (else ``special_tokens_map.json``), the template that of
     ``chat_template.jinja`` (else of ``tokenizer_config.json``: the one named ``default`` where there are several),
-    and the tokens that end a turn also those of ``generation_config.json``.
+    and the tokens that end a turn also those of ``generation_config.json``, and those known ones that the template
+    writes.
 
     Raises:
       UserError: no ``tokenizer.json``, an unreadable file, or no end-of-text token.
@@ -160,13 +164,15 @@ def from_folder(folder: Path) -> Tokenizer:
         raise UserError(f"No end-of-text token is known for {path}: set eos_token in tokenizer_config.json.")
     eos = ends[0] if eos is None else eos
     pad = _special_id(backend, config.get("pad_token"), path)
+    template = _chat_template(folder, config)
+    written = [backend.token_to_id(token) for token in _END_TOKENS if token in (template or "")]
     return Tokenizer(
         backend=backend,
         eos_id=eos,
         pad_id=eos if pad is None else pad,
         bos_id=_special_id(backend, config.get("bos_token"), path),
-        end_ids=frozenset([eos, *ends]),
-        chat_template=_chat_template(folder, config),
+        end_ids=frozenset([eos, *ends, *(i for i in written if i is not None)]),
+        chat_template=template,
     )
 
 

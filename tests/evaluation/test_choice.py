@@ -16,7 +16,7 @@ from fedjax_llm.evaluation.choice import chosen, lay_out, score_options, tree_ma
 
 SCALING = 0.5
 TOKENIZER = tiny_tokenizer()
-KINDS = {"plain": {}, "window": {"window": 7}}
+KINDS = {"plain": {}, "window": {"window": 7}, "a window in one layer": {"window": (7, None)}}
 
 
 def ask(*options, text="Which?", answer=0):
@@ -45,7 +45,9 @@ def alone(model, params, adapters, question, option, system):
 _hidden = jax.jit(lambda model, *given: model.hidden(*given), static_argnums=0)
 
 
-@pytest.mark.parametrize(("kind", "system"), [("plain", None), ("plain", "Be brief."), ("window", None)])
+@pytest.mark.parametrize(
+    ("kind", "system"), [("plain", None), ("plain", "Be brief."), ("window", None), ("a window in one layer", None)]
+)
 def test_a_branch_scores_as_the_option_alone(kind, system):
     model, params = tiny_model(vocab_size=TOKENIZER.vocab_size, **KINDS[kind])
     adapters = tiny_adapters(model)
@@ -93,14 +95,14 @@ def test_the_layout_of_a_row():
     assert row.parent[length:].tolist() == [length - 1, length, length - 1, length - 1, length + 3]
 
 
-@given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.integers(1, 4), st.none() | st.integers(1, 5))
-def test_a_token_sees_its_past_in_the_tree_and_nothing_else(sizes, shared, window):
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.integers(1, 4))
+def test_a_token_sees_its_past_in_the_tree_and_nothing_else(sizes, shared):
     branch = np.array([-1] * shared + [n for n, size in enumerate(sizes) for _ in range(size)])
     position = np.array([*range(shared), *(shared + k for size in sizes for k in range(size))])
-    mask = tree_mask(branch[None], position[None], window)[0]
+    mask = tree_mask(branch[None])[0]
     for query in range(len(branch)):
         own = [*range(shared), *np.flatnonzero(branch == branch[query])] if branch[query] >= 0 else range(shared)
-        past = [key for key in own if 0 <= position[query] - position[key] < (window or 99)]
+        past = [key for key in own if position[key] <= position[query]]
         assert np.flatnonzero(mask[query]).tolist() == past
 
 

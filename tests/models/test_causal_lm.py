@@ -58,6 +58,33 @@ def test_a_token_is_seen_within_the_window_of_every_layer_and_no_further():
     assert np.all(difference[reach + 1 :] == 0)
 
 
+def test_layers_may_have_windows_of_their_own():
+    tokens = some_tokens()
+    changed = tokens.copy()
+    changed[:, 0] = (tokens[:, 0] + 1) % 97
+    for windows, reach in (((WINDOW, WINDOW), 7), ((WINDOW, 2), 5), ((WINDOW, None), LENGTH), ((None, WINDOW), LENGTH)):
+        model, params = tiny_model(window=windows)
+        difference = np.abs(np.asarray(run(model, params, {}, tokens) - run(model, params, {}, changed))).max((0, 2))
+        assert np.all(difference[:reach] > 0), windows
+        assert np.all(difference[reach:] == 0), windows
+    alike, params = tiny_model(window=(WINDOW, WINDOW))
+    assert same(run(alike, params, {}, tokens), run(tiny_model(window=WINDOW)[0], params, {}, tokens))
+
+
+@pytest.mark.parametrize("window", [WINDOW, (WINDOW, None), (None, 2)])
+def test_a_given_mask_is_narrowed_to_the_window_of_each_layer(window):
+    model, params = tiny_model(window=window)
+    tokens, every = some_tokens(), np.tri(LENGTH, dtype=bool)[None]
+    plain = run(model, params, {}, tokens)
+    assert same(run(model, params, {}, tokens, None, every), plain)
+    # Distances are counted in positions: the second half is a branch of its own, which begins where the first does.
+    half, positions = LENGTH // 2, np.arange(LENGTH) % (LENGTH // 2)
+    branches = every & ((np.arange(LENGTH) < half)[:, None] == (np.arange(LENGTH) < half)[None])
+    found = run(model, params, {}, tokens, positions, branches)
+    np.testing.assert_allclose(found[:, :half], plain[:, :half], atol=1e-5)
+    np.testing.assert_allclose(found[:, half:], run(model, params, {}, tokens[:, half:]), atol=1e-5)
+
+
 def test_visible_keys_by_hand():
     at = jnp.arange(4)
     expected = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]

@@ -1,14 +1,23 @@
-"""The output layer's logits and their gradients, which are written out by hand."""
+"""Norms, rotations and attention by their formulas; the output layer's gradients, which are written out by hand."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plain_layers as plain_maths
 import pytest
 from jax.test_util import check_grads
 
-from fedjax_llm.models.layers import vocabulary_logits
+from fedjax_llm.models.layers import (
+    LayerNorm,
+    RMSNorm,
+    grouped_attention,
+    rotary_tables,
+    rotate,
+    soft_capped,
+    vocabulary_logits,
+)
 
 ROWS, WIDTH, VOCABULARY = 5, 16, 97
 TARGETS = np.random.default_rng(0).integers(0, VOCABULARY, ROWS)
@@ -99,3 +108,64 @@ def test_a_frozen_table_costs_no_product_for_its_gradient(wanted, products):
     backward = jax.grad(lambda states, words: loss(vocabulary_logits, states, words), argnums=wanted)
     operations = jax.jit(backward).lower(hidden, table).compile().cost_analysis()["flops"]
     assert products <= operations / (2 * ROWS * WIDTH * VOCABULARY) < products + 0.5  # the softmax besides
+
+
+# Norms, rotations, attention
+
+
+@pytest.mark.parametrize("offset", [None, 0.0, 1.0])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_norm_rounds_before_the_scale_or_after_it(offset, dtype):
+    rng = np.random.default_rng(0)
+    x, scale = (jnp.asarray(3 * rng.normal(size=shape), dtype) for shape in ((40, WIDTH), WIDTH))
+    found = RMSNorm(1e-3, offset).apply({"params": {"scale": scale}}, x)
+    wide = plain_maths.normed(np.asarray(x, np.float64), 1.0, 1e-3)
+    if offset is None:
+        expected = jnp.asarray(wide, dtype) * scale
+    else:
+        expected = jnp.asarray(wide * (offset + np.asarray(scale, np.float64)), dtype)
+    assert found.dtype == dtype
+    exact = {"float32": {"rtol": 1e-6}, "bfloat16": {"rtol": 0}}[dtype]
+    np.testing.assert_allclose(np.asarray(found, np.float64), np.asarray(expected, np.float64), **exact)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_layer_norm_takes_mean_and_variance_away_and_rounds_once(dtype):
+    rng = np.random.default_rng(0)
+    x, scale, bias = (jnp.asarray(5 + 3 * rng.normal(size=shape), dtype) for shape in ((40, WIDTH), WIDTH, WIDTH))
+    found = LayerNorm(1e-3).apply({"params": {"scale": scale, "bias": bias}}, x)
+    wide, scale, bias = (np.asarray(array, np.float64) for array in (x, scale, bias))
+    centred = wide - wide.mean(axis=-1, keepdims=True)
+    expected = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + 1e-3) * scale + bias
+    assert found.dtype == dtype
+    exact = {"float32": {"rtol": 1e-5, "atol": 1e-5}, "bfloat16": {"rtol": 2**-8}}[dtype]  # half a unit
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, **exact)
+
+
+@pytest.mark.parametrize("turned", [4, 8])
+def test_the_first_dimensions_of_a_head_are_turned_in_pairs(turned):
+    heads = np.random.default_rng(0).normal(size=(2, 5, 3, 8)).astype(np.float32)
+    frequencies = np.array([1.0, 0.3, 0.1, 0.01])[: turned // 2]
+    found = np.asarray(rotate(jnp.asarray(heads), rotary_tables(jnp.arange(5), jnp.asarray(frequencies))))
+    for row, at, head in np.ndindex(2, 5, 3):
+        expected = plain_maths.rotated(heads[row, at, head], at, frequencies)
+        np.testing.assert_allclose(found[row, at, head], expected, atol=1e-6)
+    assert np.array_equal(found[..., turned:], heads[..., turned:])
+
+
+@pytest.mark.parametrize(("scale", "cap"), [(None, None), (0.2, None), (None, 0.5), (3.0, 2.0)])
+def test_attention_scales_its_scores_and_then_caps_them(scale, cap):
+    rng = np.random.default_rng(0)
+    query, key, value = (rng.normal(size=(2, 6, heads, 4)).astype(np.float32) for heads in (4, 2, 2))
+    found = grouped_attention(query, key, value, np.tri(6, dtype=bool)[None], scale, cap)
+    for row in range(2):
+        expected = plain_maths.attended(query[row], key[row], value[row], scale or 0.5, None, cap)
+        np.testing.assert_allclose(found[row], expected, atol=1e-5)
+
+
+def test_soft_caps_bound_and_hardly_move_what_is_small():
+    x = jnp.linspace(-90.0, 90.0, 181)
+    found = np.asarray(soft_capped(x, 30.0))
+    assert np.abs(found).max() < 30 == np.abs(soft_capped(1000 * x, 30.0)).max()
+    assert np.all(np.diff(found) > 0)
+    np.testing.assert_allclose(soft_capped(x / 1000, 30.0), x / 1000, rtol=1e-4)

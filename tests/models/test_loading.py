@@ -117,9 +117,29 @@ def test_second_copies_and_computed_tensors_are_left_aside(folder):
     plain = params_of(folder)
     retensor(folder, {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)})
     assert same(params_of(folder), plain)
+    masks = {f"model.layers.1.{name}": np.ones(1, np.float32) for name in ("attn.bias", "attention.masked_bias")}
+    retensor(folder, masks)
+    assert same(params_of(folder), plain)
     configure(folder, tie_word_embeddings=True)
     tied = params_of(folder)
     assert set(plain) - set(tied) == {"lm_head"}
+
+
+def test_a_bias_that_is_no_mask_is_not_left_aside(folder):
+    name = "model.layers.1.self_attn.bias"
+    retensor(folder, {name: np.ones(1, np.float32)})
+    with pytest.raises(UserError, match=f"1 not known to the family: {name}"):
+        params_of(folder)
+
+
+def test_names_without_the_first_part_are_those_of_a_model_without_its_head(folder):
+    plain, tensors = params_of(folder), load_file(folder / "model.safetensors")
+    retensor(folder, dict.fromkeys(tensors) | {name.removeprefix("model."): array for name, array in tensors.items()})
+    assert same(params_of(folder), plain)
+    norm = tensors["model.norm.weight"]
+    retensor(folder, {"model.norm.weight": norm})
+    with pytest.raises(UserError, match=r"1 not known to the family: norm\.weight$"):
+        params_of(folder)
 
 
 def test_a_tokenizer_that_is_missing_or_of_another_model(folder):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 from tiny import same, tiny_adapters, tiny_model
+from tiny_configs import TINY_CONFIGS, tiny_of
 
 from fedjax_llm import mesh as meshes
 from fedjax_llm.mesh import MeshShape
@@ -156,6 +157,17 @@ def kept_for_backward(remat: Remat) -> tuple[set, set]:
 
     jax.eval_shape(on_devices(forward, model, mesh), params, adapters)
     return kept, {leaf.shape for leaf in jax.tree.leaves(params["layers"]) if leaf.ndim == 2}
+
+
+@pytest.mark.parametrize("name", ["Gemma3ForCausalLM", "Phi3ForCausalLM", "Olmo2ForCausalLM"])
+def test_other_families_are_spread_too(name):
+    """Layers of two kinds, fused projections, and norms over all heads that the axis ``tensor`` cuts."""
+    model, params = tiny_of(TINY_CONFIGS[name])
+    adapters = tiny_adapters(model)
+    expected = jax.jit(jax.value_and_grad(partial(total, model, params)))(adapters)
+    mesh, own = mesh_of(), replace(model, gathered_over="fsdp")
+    mapped = on_devices(lambda p, a: jax.value_and_grad(partial(total, own, outside(own, p)))(a), model, mesh)
+    close(mapped(meshes.place_params(model, mesh, params), adapters), expected)
 
 
 @pytest.mark.parametrize("remat", REMATS)

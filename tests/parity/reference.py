@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from transformers import AutoModelForCausalLM
 
 from fedjax_llm.models.causal_lm import CausalLM
 from fedjax_llm.models.family import family_of
@@ -31,6 +32,21 @@ def ours_of(folder: Path) -> tuple[CausalLM, Params]:
     family = family_of(checkpoint.config)
     config = family.config_from_hf(checkpoint.config)
     return CausalLM(family, config), read_params(checkpoint, family, config, "float32")
+
+
+def random_model(config: Any) -> Any:
+    """A model of transformers whose norms and biases are random too, so that each of them matters."""
+    config._attn_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * noise)
+            else:
+                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+    return model
 
 
 def torch_logits(model: Any, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
