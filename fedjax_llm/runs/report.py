@@ -47,7 +47,7 @@ def write_report(run: str | Path) -> Path:
     """
     folder = Path(run).absolute()
     path = folder / "report.html"
-    write_text(path, render(_read(folder)))
+    write_text(path, render(read(folder)))
     return path
 
 
@@ -61,7 +61,7 @@ def render(run: Mapping[str, Any]) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= {"bytes": byte_size, "duration": duration, "percent": percent}
     template = environment.from_string(Path(__file__).with_name("report.html").read_text("utf-8"))
-    return template.render(_content(run) | {"style": style()})
+    return template.render(content(run) | {"style": style()})
 
 
 def style() -> Markup:
@@ -69,14 +69,14 @@ def style() -> Markup:
     return Markup(Path(__file__).with_name("page.css").read_text("utf-8"))
 
 
-def _read(folder: Path) -> dict[str, Any]:
+def read(folder: Path) -> dict[str, Any]:
     """The run's files."""
     files = {name: read_json(folder / f"{name}.json") for name in ("config", "environment", "summary", "evaluation")}
     log = folder / "metrics.jsonl"
     return files | {"name": folder.name, "metrics": metrics.read(log) if log.exists() else []}
 
 
-def _content(run: Mapping[str, Any]) -> dict[str, Any]:
+def content(run: Mapping[str, Any]) -> dict[str, Any]:
     """Everything the template names."""
     summary, evaluation, lines = run["summary"], run["evaluation"], run["metrics"]
     seed = summary["seed"]
