@@ -26,7 +26,7 @@ from fedjax_llm.lora import Lora
 from fedjax_llm.models.loading import BaseType, Quantise
 from fedjax_llm.privacy.guarantee import Privacy
 from fedjax_llm.privacy.mechanism import Regime
-from fedjax_llm.runs.keys import Encryption
+from fedjax_llm.runs.output import Output
 from fedjax_llm.secure import refusals as secure_refusals
 from fedjax_llm.secure.sec_agg import SecAgg
 from fedjax_llm.training.client_update import LocalTraining
@@ -76,41 +76,6 @@ class Data:
         """Refuses impossible values."""
         if self.max_length < 8:
             raise UserError(f"data.max_length is {self.max_length}; it must be at least 8")
-
-
-@dataclass(frozen=True)
-class Output:
-    """What a run leaves behind.
-
-    Attributes:
-      keep_last: newest checkpoints that are kept.
-      keep_best: checkpoints with the lowest held-out loss that are kept besides (where there is validation).
-      select: which adapters are the result: those of the last round, or of the best validation.
-      bandwidth_mbps: of a site's line, for the seconds that communication would take.
-      aggregation_error: whether every round measures what averaging the factors loses (memory for two copies of the
-        adapted matrices). Nobody sees what it takes under secure aggregation, where it is never measured.
-      client_metrics: whether metrics hold every client's loss, tokens and update norm, and not only the cohort's;
-        ``None``: unless aggregation is secure.
-      encryption: where the key is with which the run's folder is encrypted; ``None``: all files are in clear.
-    """
-
-    keep_last: int = 2
-    keep_best: int = 1
-    select: Literal["last", "best"] = "last"
-    bandwidth_mbps: float = 20.0
-    aggregation_error: bool = True
-    client_metrics: bool | None = None
-    encryption: Encryption | None = None
-
-    def __post_init__(self) -> None:
-        """Refuses impossible values."""
-        if not self.bandwidth_mbps > 0:
-            raise UserError(f"output.bandwidth_mbps is {self.bandwidth_mbps}; it must be positive")
-        least = {"keep_last": 1, "keep_best": 1 if self.select == "best" else 0}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                why = " where output.select is 'best'" if name == "keep_best" and bound else ""
-                raise UserError(f"output.{name} is {getattr(self, name)}; it must be at least {bound}{why}")
 
 
 @dataclass(frozen=True)
@@ -264,7 +229,14 @@ def regime_of(experiment: Experiment) -> Regime:
     )
 
 
-MAY_CHANGE = ("execution.*", "output.keep_last", "output.bandwidth_mbps", "output.client_metrics", "output.encryption*")
+MAY_CHANGE = (
+    "execution.*",
+    "output.keep_last",
+    "output.bandwidth_mbps",
+    "output.client_metrics",
+    "output.encryption*",
+    "output.tracking*",
+)
 """What may differ when a run is resumed: nothing that decides a result."""
 
 
@@ -299,7 +271,8 @@ def from_file(path: str | Path, function: str, kind: type[T]) -> T:
             raise UserError(f"{file} has no function {function}() -> {kind.__name__}")
         found = namespace[function]()
     except TypeError as error:
-        raise UserError(f"{file}: {error}{_near_fields(error)}") from error
+        told = re.sub(r"\. Did you mean .*$", "", str(error))  # Python 3.13 guesses too
+        raise UserError(f"{file}: {told}{_near_fields(error)}") from error
     except (ImportError, AttributeError, NameError, SyntaxError) as error:
         raise UserError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
     if not isinstance(found, kind):
@@ -360,6 +333,8 @@ def _check_type(value: Any, kind: Any, place: str) -> None:
             raise UserError(f"{place} is {value!r}, a {type(value).__name__}; it must be a tuple, such as (1,)")
         for number, inner in enumerate(value):
             _check_type(inner, typing.get_args(kind)[0], f"{place}[{number}]")
+            if dataclasses.is_dataclass(inner):
+                check(inner, f"{place}[{number}]")
     elif origin is Mapping:
         if not isinstance(value, Mapping):
             raise UserError(f"{place} is {value!r}, a {type(value).__name__}; it must be a dictionary")

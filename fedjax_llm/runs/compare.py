@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedjax_llm.errors import UserError
-from fedjax_llm.runs import statement
+from fedjax_llm.runs import directory, statement
 from fedjax_llm.runs.directory import read_json
 from fedjax_llm.runs.progress import byte_size, duration, with_interval
 from fedjax_llm.runs.summary import MEASURES, macro_paired_difference, paired_difference, restrict, summarise_evaluation
@@ -45,7 +45,7 @@ class Comparison:
     warnings: tuple[str, ...]
 
 
-def compare(paths: Sequence[str | Path], seed: int = 0, resamples: int = 2000) -> Comparison:
+def compare(paths: Sequence[str | Path], seed: int = 0, resamples: int = 2000, names: Sequence[str] = ()) -> Comparison:
     """Reads finished runs and lays them side by side.
 
     A run's model is its tuned one, or the base where nothing was trained.
@@ -54,13 +54,13 @@ def compare(paths: Sequence[str | Path], seed: int = 0, resamples: int = 2000) -
       paths: run directories, at least one; the paired differences are against the first.
       seed: of the bootstrap.
       resamples: bootstrap replicates.
+      names: of the runs; their folders' if not given.
 
     Raises:
-      UserError: no run is given, or a run's ``summary.json`` or ``evaluation.json`` is missing or unreadable.
+      UserError: no run is given, there is none in a folder, or its ``summary.json`` or ``evaluation.json`` is missing
+        or unreadable; or there are not as many names as runs.
     """
-    if not paths:
-        raise UserError("nothing to compare: name at least one run directory")
-    folders = dict(zip(_names(paths), map(Path, paths), strict=True))
+    folders = named(paths, names)
     summaries = {name: read_json(folder / "summary.json") for name, folder in folders.items()}
     evaluations = {name: _evaluated(read_json(folder / "evaluation.json")) for name, folder in folders.items()}
     figures = {name: summarise_evaluation(one, seed, resamples) for name, one in evaluations.items()}
@@ -87,6 +87,27 @@ def compare(paths: Sequence[str | Path], seed: int = 0, resamples: int = 2000) -
         differences=differences,
         warnings=tuple(warnings),
     )
+
+
+def named(paths: Sequence[str | Path], names: Sequence[str] = ()) -> dict[str, Path]:
+    """The folders of runs by the runs' names.
+
+    Args:
+      paths: of runs, at least one.
+      names: as for :func:`compare`.
+
+    Raises:
+      UserError: as for :func:`compare`.
+    """
+    if not paths:
+        raise UserError("nothing to compare: name at least one run directory")
+    for path in paths:
+        directory.refuse_absent(Path(path))
+    if not names:
+        return dict(zip(_names(paths), map(Path, paths), strict=True))
+    if len(names) != len(paths) or len(set(names)) < len(names):
+        raise UserError(f"the names {', '.join(names)} are for {len(paths)} runs: give each run one of its own")
+    return dict(zip(names, map(Path, paths), strict=True))
 
 
 def render(console: Console, comparison: Comparison) -> None:

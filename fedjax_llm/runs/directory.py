@@ -12,7 +12,7 @@ from typing import Any
 
 import filelock
 
-from fedjax_llm.errors import UserError
+from fedjax_llm.errors import UserError, nearest
 from fedjax_llm.runs import encryption, keys
 
 CONFIG = "config.json"
@@ -105,6 +105,19 @@ def made(path: str | Path, what: str) -> Path:
     except OSError as error:
         raise UserError(f"cannot make the {what}'s folder {folder}: {error.strerror}; choose another") from error
     return folder
+
+
+def refuse_absent(path: Path) -> None:
+    """Refuses a folder that does not exist, and names the nearest beside it that are runs.
+
+    Raises:
+      UserError: there is no such folder.
+    """
+    if path.is_dir():
+        return
+    parent = path.parent
+    runs = [one.name for one in parent.iterdir() if (one / CONFIG).exists()] if parent.is_dir() else []
+    raise UserError(f"{path} is not the folder of a run, it does not exist{nearest(path.name, runs)}")
 
 
 def check_same(before: Any, now: Any, what: str, advice: str, may_change: Sequence[str] = ()) -> None:

@@ -16,7 +16,8 @@ from fedjax_llm.runs.directory import differences
 from fedjax_llm.training.optimizers import Optimizer
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = sorted(path for path in (ROOT / "configs").rglob("*.py") if path.parent.name not in ("sweeps", "attacks"))
+OTHERS = ("sweeps", "attacks")
+SHIPPED = sorted(p for p in (ROOT / "configs").rglob("*.py") if p.parent.name not in OTHERS and p.name != "site.py")
 
 
 def written(folder, body, imports="from fedjax_llm.config import *"):

@@ -1,7 +1,5 @@
 """An experiment comes back from its ``config.json`` as it was."""
 
-import dataclasses
-import inspect
 import json
 import sys
 from dataclasses import dataclass, replace
@@ -87,7 +85,7 @@ def test_every_class_of_a_configuration_is_found_by_one_name_only():
     for place, module in list(sys.modules.items()):
         if place.rpartition(".")[0] in rooms:
             own = [value for value in vars(module).values() if getattr(value, "__module__", None) == place]
-            for value in filter(dataclasses.is_dataclass, filter(inspect.isclass, own)):
+            for value in filter(stored.is_part, own):
                 found.setdefault(value.__name__, set()).add(value)
     assert len(found) > 50
     assert {name for name, values in found.items() if len(values) > 1} == set()

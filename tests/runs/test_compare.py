@@ -146,7 +146,18 @@ def test_runs_of_the_same_name_are_told_apart(tmp_path):
 def test_what_cannot_be_compared_is_named(two, tmp_path):
     with pytest.raises(UserError, match="nothing to compare"):
         compare.compare([])
+    (two[1] / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"tuend is not the folder of a run.*; did you mean 'tuned'\?"):
+        compare.compare([*two, tmp_path / "tuend"])
+    (tmp_path / "begun").mkdir()
     with pytest.raises(UserError, match=r"summary\.json is missing"):
-        compare.compare([*two, tmp_path / "absent"])
+        compare.compare([*two, tmp_path / "begun"])
     with pytest.raises(UserError, match="named 2 times"):
         compare.compare([two[0], two[0]])
+
+
+def test_names_of_ones_own_are_taken_in_order_and_must_fit(two):
+    assert list(compare.compare(two, names=["A", "B"]).runs) == ["A", "B"]
+    for names in (["A"], ["A", "A"]):
+        with pytest.raises(UserError, match="give each run one of its own"):
+            compare.compare(two, names=names)
