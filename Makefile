@@ -5,7 +5,7 @@
 .POSIX:
 .SUFFIXES:
 .NOTPARALLEL:
-.PHONY: help quickstart test lint parity bench peers clean
+.PHONY: help quickstart test lint parity docs bench peers clean
 
 VENV = .venv
 PEERS = .venv-peers
@@ -23,6 +23,7 @@ help:
 	@echo 'make test        the tests, all but those that need torch'
 	@echo 'make lint        ruff check, ruff format --check, pyrefly check'
 	@echo 'make parity      the tests that compare with torch, transformers and peft (installs them)'
+	@echo 'make docs        the documentation as a site, build/site'
 	@echo 'make bench       time the training step and a round on the real model, as JSON lines'
 	@echo 'make peers       set up $(PEERS): what the benchmark compares with (torch, PEFT, Flower, Opacus)'
 	@echo 'make clean       remove environments, caches and builds; runs/ and downloads stay'
@@ -44,6 +45,9 @@ lint: $(VENV)/.installed-dev
 
 parity: $(VENV)/.installed-parity
 	$(PYTEST) -m parity $(ARGS)
+
+docs: $(VENV)/.installed-docs
+	$(VENV)/bin/python -m mkdocs build --strict
 
 bench: $(VENV)/.installed
 	$(VENV)/bin/python -m experiments.bench --json $(ARGS)
@@ -80,6 +84,10 @@ $(VENV)/.installed-dev: setup.py constraints.txt $(VENV)/bin/python
 $(VENV)/.installed-parity: setup.py constraints.txt $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[dev,parity]'
 	@touch $@ $(VENV)/.installed-dev $(VENV)/.installed
+
+$(VENV)/.installed-docs: setup.py constraints.txt $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[docs]'
+	@touch $@ $(VENV)/.installed
 
 $(PEERS)/.installed: benchmarks/peers.txt benchmarks/peers-constraints.txt $(PEERS)/bin/python
 	$(PEERS)/bin/python -m pip install -c benchmarks/peers-constraints.txt -r benchmarks/peers.txt

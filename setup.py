@@ -35,6 +35,7 @@ RUNTIME = [
     "numpy>=2.0",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12",
+    "packaging>=24",
     "pycryptodome>=3.20",
     "requests>=2.32",
     "rich>=13.7",
@@ -52,10 +53,13 @@ EXTRAS = {
     "topology": ["libtpu>=0.0.42"],  # compiles for TPUs that are not there (`experiments.plan --topology`)
     "hub": ["datasets>=4.0"],  # any Hugging Face dataset by name
     "flower": ["flwr>=1.41"],  # federation over real sites (`fedjax_llm/deployment/`)
-    "sql": ["sqlalchemy>=2.0.45"],  # text from a database (`SqlTable`); drivers are the database's own
-    "serve": ["starlette>=1.3", "uvicorn>=0.40"],  # the page of `experiments.serve`
-    "wandb": ["wandb>=0.22"],
-    "mlflow": ["mlflow-skinny>=3.10"],
+    "sql": ["sqlalchemy>=2.1"],  # text from a database (`SqlTable`); drivers are the database's own
+    "serve": ["anyio>=4.16", "starlette>=1.3", "uvicorn>=0.49"],  # the page of `experiments.serve`
+    "wandb": ["wandb>=0.31"],
+    "mlflow": ["alembic>=1.18", "mlflow-skinny>=3.17", "sqlalchemy>=2.1"],
+    "browser": ["playwright>=1.50"],  # for the tests of the page; they want a Chromium too
+    "docs": ["mkdocs>=1.6", "mkdocstrings-python>=2.0"],  # `make docs`
+    "notebook": ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"],  # notebooks/
 }
 # What the tests of optional parts need, so that `make test` leaves none of them out.
 EXTRAS["dev"] = [one for name in ("test", "lint", "flower", "sql", "serve", "wandb", "mlflow") for one in EXTRAS[name]]
@@ -70,7 +74,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["fedjax_llm", "fedjax_llm.*"]),
-    package_data={"fedjax_llm.runs": ["*.html", "*.css"]},
+    package_data={
+        "fedjax_llm.runs": ["*.html", "*.css"],
+        "fedjax_llm.serving": ["*.html", "*.css", "*.js", "*.svg"],
+    },
     install_requires=RUNTIME,
     extras_require=EXTRAS,
     classifiers=[

@@ -1,4 +1,8 @@
-"""Asks the tuned model of a run: ``python -m experiments.ask RUN "What is arrhythmia?"``."""
+"""Asks the tuned model of a run.
+
+python -m experiments.ask runs/quickstart-federated "What is arrhythmia?"
+python -m experiments.ask runs/quickstart-federated --base
+"""
 
 import sys
 from collections.abc import Iterator
@@ -9,6 +13,7 @@ from typing import Annotated
 import jax
 import tyro
 
+from experiments.command_line import told
 from fedjax_llm import lora, peft
 from fedjax_llm.data.chat import encode_prompt
 from fedjax_llm.data.records import Message
@@ -117,6 +122,7 @@ def main(
     """
     sampler = Nucleus(jax.random.key(seed), temperature, top_p) if temperature else Greedy()
     use_compilation_cache()
+    directory.refuse_absent(run)
     with keys.using(key_file):
         tuned = open_run(run)
     voices = {"tuned": tuned.adapters, "base": {}} if base else {"tuned": tuned.adapters}
@@ -144,7 +150,7 @@ def _questions() -> Iterator[str]:
 
 if __name__ == "__main__":
     try:
-        tyro.cli(main)
+        tyro.cli(main, prog="python -m experiments.ask", description=told(__doc__))
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -17,9 +17,10 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from experiments.command_line import told
 from fedjax_llm.errors import UserError, tell
 from fedjax_llm.experiment.ground import Attacks
-from fedjax_llm.runs import keys
+from fedjax_llm.runs import directory, keys
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     console = Console()
     try:
-        command = tyro.cli(Command, args=arguments, prog="python -m experiments.attack")
+        about = told(__doc__)
+        command = tyro.cli(Command, args=arguments, prog="python -m experiments.attack", description=about)
         if command.run is None:
             return configured(command, console)
         if command.out is not None:
@@ -56,6 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         from fedjax_llm import config
         from fedjax_llm.experiment.attacked_run import attack_run
 
+        directory.refuse_absent(command.run)
         experiment = None if command.config is None else config.load(command.config)
         with keys.using(command.key_file):
             return attack_run(command.run, command.attacks, console, site=command.site, experiment=experiment)

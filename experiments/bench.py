@@ -30,6 +30,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from experiments.command_line import told
 from experiments.growth_cases import growth_suite
 from experiments.leak_cost import leakage_cases
 from experiments.peer_cases import ADAPTERS, MECHANISM, NAMES, peer_cases, round_work, start_case
@@ -161,7 +162,7 @@ def figures(case: str, seconds: float, real: int, padded: int, flops: float, pea
 
 def main() -> int:
     """Runs the command line; returns the exit status."""
-    bench = tyro.cli(Bench, prog="python -m experiments.bench")
+    bench = tyro.cli(Bench, prog="python -m experiments.bench", description=told(__doc__))
     console = Console()
     try:
         for case in cases(bench):

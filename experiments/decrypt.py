@@ -1,4 +1,6 @@
-"""Makes a copy in clear of an encrypted run that has ended: ``python -m experiments.decrypt RUN OUT``.
+"""Makes a copy in clear of an encrypted run that has ended.
+
+    python -m experiments.decrypt runs/mine /secure/place/mine
 
 Its ``adapter/`` can be used with PEFT, its ``report.html`` opens in a browser.
 """
@@ -9,7 +11,9 @@ from typing import Annotated
 
 import tyro
 
+from experiments.command_line import told
 from fedjax_llm.errors import UserError, tell
+from fedjax_llm.runs.directory import refuse_absent
 from fedjax_llm.runs.keys import using
 from fedjax_llm.runs.plain_copy import plain_copy
 
@@ -28,6 +32,7 @@ def decrypt(
       out: a new folder. Whoever can read it can read the text: keep it no longer than needed.
       key_file: of the run, if the key is not where the run says.
     """
+    refuse_absent(run)
     with using(key_file):
         print(f"In clear: {plain_copy(run, out)}")
 
@@ -35,7 +40,7 @@ def decrypt(
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     try:
-        tyro.cli(decrypt, args=arguments, prog="python -m experiments.decrypt")
+        tyro.cli(decrypt, args=arguments, prog="python -m experiments.decrypt", description=told(__doc__))
     except UserError as error:
         return tell(error)
     return 0

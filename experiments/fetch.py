@@ -1,9 +1,14 @@
-"""Downloads the default model and the default text: ``python -m experiments.fetch``."""
+"""Downloads the default model and the default text, once, and says where they lie.
+
+python -m experiments.fetch
+python -m experiments.fetch --rehash
+"""
 
 import sys
 
 import tyro
 
+from experiments.command_line import told
 from fedjax_llm import assets
 from fedjax_llm.errors import UserError
 
@@ -24,7 +29,7 @@ def main(rehash: bool = False) -> None:
 
 if __name__ == "__main__":
     try:
-        tyro.cli(main)
+        tyro.cli(main, prog="python -m experiments.fetch", description=told(__doc__))
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -1,4 +1,6 @@
-"""Makes the key of encrypted runs: ``python -m experiments.make_key PATH``.
+"""Makes the key of encrypted runs.
+
+    python -m experiments.make_key ~/keys/ward.key
 
 Keep it apart from the runs, and a second copy of it in a safe place: nothing opens a run without its key.
 """
@@ -9,6 +11,7 @@ from typing import Annotated
 
 import tyro
 
+from experiments.command_line import told
 from fedjax_llm.errors import UserError, tell
 from fedjax_llm.runs import keys
 
@@ -26,7 +29,7 @@ def make_key(path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     try:
-        tyro.cli(make_key, args=arguments, prog="python -m experiments.make_key")
+        tyro.cli(make_key, args=arguments, prog="python -m experiments.make_key", description=told(__doc__))
     except UserError as error:
         return tell(error)
     return 0

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from experiments.command_line import told
 from fedjax_llm.errors import UserError, tell
 from fedjax_llm.privacy import calibration, discrete_noise, shares
 from fedjax_llm.privacy.accounting import Accountant
@@ -200,7 +201,7 @@ def main() -> int:
     """Runs the command line; returns the exit status."""
     console = Console()
     try:
-        asked = tyro.cli(MeanEstimation, prog="python -m experiments.mean_estimation")
+        asked = tyro.cli(MeanEstimation, prog="python -m experiments.mean_estimation", description=told(__doc__))
         total = len(asked.epsilons) * 2 * len(asked.bits)
         bar = Console(stderr=True)
         found = list(track(cases(asked), "Estimating", total, console=bar, transient=True))

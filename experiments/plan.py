@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import tyro
 from rich.console import Console
 
+from experiments.command_line import told
 from experiments.run import DEFAULT, config_path, experiment_of, fields_of
 from fedjax_llm import config as configuration
 from fedjax_llm.config import Experiment
@@ -51,7 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         path = config_path(arguments) or DEFAULT
         default = Plan(**fields_of(configuration.load(path)), config=path)
-        command = tyro.cli(Plan, default=default, args=arguments, prog="python -m experiments.plan")
+        about = told(__doc__)
+        command = tyro.cli(Plan, default=default, args=arguments, prog="python -m experiments.plan", description=about)
         if command.topology is not None:
             from experiments.pod_plan import show_topology
 

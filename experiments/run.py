@@ -18,6 +18,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 
+from experiments.command_line import told
 from fedjax_llm import config as configuration
 from fedjax_llm.config import Experiment
 from fedjax_llm.errors import UserError, tell
@@ -82,7 +83,9 @@ def parse(arguments: list[str]) -> Command:
     """
     path = config_path(arguments) or DEFAULT
     default = Command(**fields_of(configuration.load(path)), config=path)
-    return tyro.cli(Command, default=default, args=arguments, prog="python -m experiments.run")
+    return tyro.cli(
+        Command, default=default, args=arguments, prog="python -m experiments.run", description=told(__doc__)
+    )
 
 
 def config_path(arguments: list[str]) -> str | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
+from experiments.command_line import told
 from fedjax_llm.errors import UserError, tell
 
 
@@ -36,7 +37,7 @@ class Command:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 1 if a run of the sweep failed, 2 if there can be no sweep."""
-    command = tyro.cli(Command, args=arguments, prog="python -m experiments.sweep")
+    command = tyro.cli(Command, args=arguments, prog="python -m experiments.sweep", description=told(__doc__))
     console = Console()
     try:
         from fedjax_llm.experiment import sweep

@@ -26,7 +26,7 @@ def check_hosts(experiment: Experiment, hosts: Hosts) -> None:
         return
     if experiment.setting == "centralised":
         raise UserError("the setting centralised has one client, which one host trains: leave out --hosts.count")
-    if experiment.secured is not None:
+    if experiment.secured is not None and hosts.clients is None:
         raise UserError(
             "secure aggregation is simulated in one process, which holds the secrets of all clients; hosts would have "
             "to tell each other those. Set secure to None, or leave out --hosts.count"
@@ -50,7 +50,7 @@ def counted(own: Sequence[SplitSite], every: Sequence[Site], hosts: Hosts) -> tu
     """
     if hosts.count == 1:
         return tuple(own)
-    if len(every) < hosts.count:
+    if hosts.clients is None and len(every) < hosts.count:
         raise UserError(f"hosts.count is {hosts.count}, but there are only {len(every)} sites; each host needs one")
     mine = {site.name: site for site in own}
     numbers = {name: [len(site.train), len(site.validation), len(site.test)] for name, site in mine.items()}

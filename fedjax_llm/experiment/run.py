@@ -29,7 +29,7 @@ from fedjax_llm.federation.hosts import AGAIN, ALONE, HostGone, Hosts
 from fedjax_llm.federation.plan import RoundPlan
 from fedjax_llm.federation.release import template
 from fedjax_llm.models.loading import load
-from fedjax_llm.runs import directory, environment
+from fedjax_llm.runs import directory, environment, tracking
 from fedjax_llm.runs.checkpoints import finished_steps
 from fedjax_llm.runs.progress import (
     RunProgress,
@@ -39,6 +39,7 @@ from fedjax_llm.runs.progress import (
     settings_table,
     sites_table,
 )
+from fedjax_llm.runs.tracking import Trackers
 
 
 def run(
@@ -71,6 +72,7 @@ def run(
     """
     if not hosts.first:
         return follow(experiment, hosts, console=console, load_model=load_model)
+    tracking.check(experiment.output.tracking)
     set_up_process()
     clock = CompileClock()
     config = to_json(experiment)
@@ -82,19 +84,21 @@ def run(
             prepared = _prepared(experiment, progress, folder, resume, load_model, trunks, hosts)
             expected = expect(prepared) if hosts.count == 1 else None  # of the text, this host knows its own
             show_plan(prepared, expected, progress, console)
-            ended = None
-            if prepared.plan is not None:
-                validate = validation_of(prepared, prepared.plan)
-                loop = Loop(folder, resume, clock, validate, prepared.fingerprint)
-                ended = run_rounds(prepared, prepared.plan, loop, progress)
-                prepared, ended = finetune(prepared, ended, progress)
-            summary = _finish(prepared, ended, expected, folder, clock, progress)
+            with Trackers(experiment.output.tracking, config, folder, progress.say) as trackers:
+                ended = None
+                if prepared.plan is not None:
+                    validate = validation_of(prepared, prepared.plan)
+                    loop = Loop(folder, resume, clock, validate, prepared.fingerprint, trackers.round)
+                    ended = run_rounds(prepared, prepared.plan, loop, progress)
+                    prepared, ended = finetune(prepared, ended, progress)
+                summary = _finish(prepared, ended, expected, folder, clock, progress)
+                trackers.finish(summary)
+                show_results(prepared, summary, folder, progress, console)
         except KeyboardInterrupt:
             progress.say(f"Stopped. {_kept(folder)}. Go on with: {_resume_command()}")
             return 130
         except HostGone as gone:
             raise HostGone(f"{gone}. {_kept(folder)} in {folder}; {AGAIN}") from gone
-        show_results(prepared, summary, folder, progress, console)
     return 0
 
 

@@ -86,6 +86,11 @@ def _classes() -> dict[str, type]:
         modules += [importlib.import_module(name) for name in names]
     for module in modules:
         for name, value in vars(module).items():
-            if inspect.isclass(value) and dataclasses.is_dataclass(value) and value.__module__ == module.__name__:
+            if is_part(value) and value.__module__ == module.__name__:
                 found.setdefault(name, value)
     return found
+
+
+def is_part(value: Any) -> bool:
+    """Whether this is a class that a configuration may hold: a frozen dataclass, which Flax's modules are not."""
+    return inspect.isclass(value) and getattr(getattr(value, "__dataclass_params__", None), "frozen", False)

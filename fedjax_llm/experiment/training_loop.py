@@ -39,6 +39,7 @@ class Loop:
       clock: of compilations.
       validate: measures the adapters on validation records, or ``None``.
       fingerprint: of the model and the text; a checkpoint of others is refused.
+      track: is told every round's line of metrics; it returns at once.
     """
 
     folder: Path
@@ -46,6 +47,7 @@ class Loop:
     clock: CompileClock
     validate: Validate | None
     fingerprint: str
+    track: Callable[[Mapping[str, Any]], None] = lambda _: None
 
 
 class Ended(NamedTuple):
@@ -88,6 +90,7 @@ def run_rounds(prepared: Prepared, plan: RoundPlan, loop: Loop, progress: RunPro
                 validation = line["validation"]
                 extra = {"fingerprint": loop.fingerprint, "ledger": None if account is None else account.head}
                 scalars.round(line)
+                loop.track(line)
                 checkpoints.save(line["round"], state, extra, validation["nll"] if validation else None)
                 progress.round(line)
                 done = line["round"]

@@ -13,7 +13,7 @@ from fedjax_llm.secure.primitives import digest
 
 def dealt(secret: bytes, threshold: int, holders: int) -> list[bytes]:
     """One share a holder, of which ``threshold`` tell the secret and fewer nothing."""
-    return [share for _, share in Shamir.split(threshold, holders, secret)]
+    return [share for _, share in Shamir.split(threshold, holders, secret, ssss=False)]
 
 
 def commitment(context: bytes, kind: str, place: int, secret: bytes) -> bytes:
@@ -22,7 +22,12 @@ def commitment(context: bytes, kind: str, place: int, secret: bytes) -> bytes:
 
 
 def combined(shares: Mapping[int, bytes], threshold: int) -> bytes | None:
-    """The secret, from shares by place; ``None`` where they are too few."""
+    """The secret, from shares by place; ``None`` where they are too few.
+
+    >>> shares = dealt(b"sixteen letters!", threshold=2, holders=3)
+    >>> combined({1: shares[0], 3: shares[2]}, threshold=2), combined({2: shares[1]}, threshold=2)
+    (b'sixteen letters!', None)
+    """
     if len(shares) < threshold:
         return None
-    return Shamir.combine(sorted(shares.items())[:threshold])
+    return Shamir.combine(sorted(shares.items())[:threshold], ssss=False)
