@@ -5,7 +5,7 @@
 .POSIX:
 .SUFFIXES:
 .NOTPARALLEL:
-.PHONY: help quickstart test lint parity docs bench peers clean
+.PHONY: help quickstart test lint parity flower docs bench peers clean
 
 VENV = .venv
 PEERS = .venv-peers
@@ -20,9 +20,10 @@ USABLE = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 
 help:
 	@echo 'make quickstart  set up, download model and text, fine-tune across simulated clinics ($(CONFIG))'
-	@echo 'make test        the tests, all but those that need torch'
+	@echo 'make test        the tests, all but those that need torch or minutes'
 	@echo 'make lint        ruff check, ruff format --check, pyrefly check'
 	@echo 'make parity      the tests that compare with torch, transformers and peft (installs them)'
+	@echo 'make flower      the tests of a federation of real processes over Flower'
 	@echo 'make docs        the documentation as a site, build/site'
 	@echo 'make bench       time the training step and a round on the real model, as JSON lines'
 	@echo 'make peers       set up $(PEERS): what the benchmark compares with (torch, PEFT, Flower, Opacus)'
@@ -36,7 +37,7 @@ quickstart: $(VENV)/.installed
 	$(VENV)/bin/python -m experiments.run --config=$(CONFIG) $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(PYTEST) $(WORKERS) -m "not parity" $(ARGS)
+	$(PYTEST) $(WORKERS) -m "not parity and not flower" $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m ruff check .
@@ -45,6 +46,9 @@ lint: $(VENV)/.installed-dev
 
 parity: $(VENV)/.installed-parity
 	$(PYTEST) -m parity $(ARGS)
+
+flower: $(VENV)/.installed-dev
+	$(PYTEST) -m flower $(ARGS)
 
 docs: $(VENV)/.installed-docs
 	$(VENV)/bin/python -m mkdocs build --strict

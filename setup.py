@@ -58,6 +58,7 @@ EXTRAS = {
     "wandb": ["wandb>=0.31"],
     "mlflow": ["alembic>=1.18", "mlflow-skinny>=3.17", "sqlalchemy>=2.1"],
     "browser": ["playwright>=1.50"],  # for the tests of the page; they want a Chromium too
+    "lm-eval": ["lm-eval>=0.4.13", "tqdm>=4.66"],  # `experiments.lm_eval`: EleutherAI's evaluation harness
     "docs": ["mkdocs>=1.6", "mkdocstrings-python>=2.0"],  # `make docs`
     "notebook": ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"],  # notebooks/
 }
@@ -80,6 +81,7 @@ setup(
     },
     install_requires=RUNTIME,
     extras_require=EXTRAS,
+    entry_points={"lm_eval.models": ["fedjax_llm = fedjax_llm.experiment.lm_eval_model:FedjaxLM"]},
     classifiers=[
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",

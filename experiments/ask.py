@@ -6,7 +6,6 @@ python -m experiments.ask runs/quickstart-federated --base
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -14,61 +13,14 @@ import jax
 import tyro
 
 from experiments.command_line import told
-from fedjax_llm import lora, peft
 from fedjax_llm.data.chat import encode_prompt
 from fedjax_llm.data.records import Message
 from fedjax_llm.errors import UserError
 from fedjax_llm.experiment.compilation import use_compilation_cache
+from fedjax_llm.experiment.tuned import TunedModel, open_run
 from fedjax_llm.models.decoding import Greedy, Nucleus, Sampler, pieces, stream
-from fedjax_llm.models.loading import BaseModel, load
-from fedjax_llm.runs import directory, encryption, keys
+from fedjax_llm.runs import directory, keys
 from fedjax_llm.types import Adapters
-
-
-@dataclass(frozen=True, eq=False)
-class TunedModel:
-    """The model of a run.
-
-    Attributes:
-      base: the frozen model.
-      adapters: scaled factors.
-      system: the system message that it was trained with, or ``None``.
-    """
-
-    base: BaseModel
-    adapters: Adapters
-    system: str | None
-
-
-def open_run(run: Path) -> TunedModel:
-    """Loads the model and the adapter of a run folder.
-
-    Raises:
-      UserError: the folder is no run, has no adapter, its model cannot be loaded, or its key is missing or another.
-    """
-    if not (run / directory.CONFIG).is_file():
-        raise UserError(f"{run} is not the folder of a run (it has no {directory.CONFIG}); experiments.run makes one")
-    config = directory.read_json(run / directory.CONFIG)
-    if not (run / "adapter").is_dir():
-        raise UserError(_why_no_adapter(run, config.get("setting")))
-    try:
-        model, system = config["model"], config["data"]["system"]
-        name, dtype, quantise = model["name"], model["dtype"], model.get("quantise", "none")
-    except (KeyError, TypeError) as missing:
-        raise UserError(f"{run / directory.CONFIG} is not the configuration of a run: {missing} is missing") from None
-    encryption.vault_of(run)  # a missing key is told before the model is loaded
-    base = load(name, dtype, quantise)
-    kind, adapters = peft.read_adapter_for(run / "adapter", base.model, encryption.read)
-    return TunedModel(base, lora.scaled(adapters, kind.scaling), system)
-
-
-def _why_no_adapter(run: Path, setting: str | None) -> str:
-    """What to tell of a run without an adapter."""
-    if setting == "base":
-        return f"{run} evaluated the base model alone (--setting=base): it has no adapter to ask"
-    if setting == "local":
-        return f"{run} trained every site for itself (--setting=local): it has no adapter of all sites to ask"
-    return f"{run} has no adapter yet; it is written when the run ends: let it end, or go on with --resume"
 
 
 def answer(
@@ -78,7 +30,7 @@ def answer(
 
     Args:
       tuned: the model.
-      adapters: its own, or ``{}`` for the base model.
+      adapters: its own, scaled, or ``{}`` for the base model.
       question: of the user.
       max_new_tokens: at most.
       sampler: chooses the tokens.
@@ -125,7 +77,7 @@ def main(
     directory.refuse_absent(run)
     with keys.using(key_file):
         tuned = open_run(run)
-    voices = {"tuned": tuned.adapters, "base": {}} if base else {"tuned": tuned.adapters}
+    voices = {"tuned": tuned.scaled} | ({"base": {}} if base else {})
     for asked in _questions() if question is None else [question]:
         for name, adapters in voices.items():
             if base:

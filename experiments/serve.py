@@ -6,9 +6,9 @@ from typing import Annotated
 
 import tyro
 
-from experiments.ask import open_run
 from fedjax_llm.errors import UserError, tell
 from fedjax_llm.experiment.compilation import use_compilation_cache
+from fedjax_llm.experiment.tuned import open_run
 from fedjax_llm.runs import keys
 
 
@@ -55,7 +55,7 @@ def serve(
         print(f"The page will be at {url}. Loading the model ...", file=sys.stderr, flush=True)
         with keys.using(key_file):
             tuned = open_run(run)
-            voices = Voices(tuned.base, tuned.adapters, tuned.system, limits)
+            voices = Voices(tuned.base, tuned.scaled, tuned.system, limits)
             page = run_page(run, voices)
         print("Compiling ...", file=sys.stderr, flush=True)
         voices.warm_up()

@@ -55,13 +55,13 @@ class HubDataset:
             self.label_column,
             self.owner_column,
         )
-        sites = sites_of(self._rows(self._table()), columns)
+        sites = sites_of(self._rows(self.table()), columns)
         if not sites:
             raise UserError(f"{self.name}: the split {self.split!r} holds no rows; choose another split")
         citation = f"dataset {self.name} of the Hugging Face hub; its card has the citation and the licence"
         return Dataset(sites, f"{self.name}@{self.revision or 'main'}:{self.split}", citation)
 
-    def _table(self) -> Any:
+    def table(self) -> Any:
         """The split, as the ``datasets`` package gives it."""
         try:
             datasets = importlib.import_module("datasets")

@@ -35,11 +35,13 @@ class Scoring:
       forms: ``letters``: the options stand in the prompt, and the likeliest letter is the answer; ``answers``: the
         likeliest of the options' texts, by the mean over its tokens; ``match``: FlowerTune's form, a short greedy
         answer that is compared with the key as text.
+      instruction: that prompts of ``match`` begin with; ``None``: one of ours (``evaluation/flowertune.py``).
       tokens_per_microbatch: bounds memory.
       buckets: how many shapes are compiled at most for each form.
     """
 
     forms: tuple[Form, ...] = ("letters", "answers")
+    instruction: str | None = None
     tokens_per_microbatch: int = 4096
     buckets: int = 4
 
@@ -166,7 +168,8 @@ def _matched(
     keys = [flowertune.key(name, question) for question in questions]
     limits = flowertune.new_tokens(keys, base.tokenizer)
     # The prompts are encoded as there: with what the tokenizer itself puts before a text.
-    prompts = [base.tokenizer.backend.encode(flowertune.prompt(name, question)).ids for question in questions]
+    texts_in = [flowertune.prompt(name, question, scoring.instruction) for question in questions]
+    prompts = [base.tokenizer.backend.encode(text).ids for text in texts_in]
     context = base.model.config.context
     kept = [place for place in range(len(questions)) if len(prompts[place]) + limits[place] <= context]
     _check_any(kept, context)

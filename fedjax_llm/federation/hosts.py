@@ -69,12 +69,18 @@ class Hosts:
       count: how many.
       exchange: this host's bytes -> those of all, in order; every host must call it, equally often.
       remember: takes what shall be said, besides that it is gone, if host 0 dies.
+      clients: the places of this host's clients where hosts trust each other with no more than the exchange: then each
+        keeps its own state and secret keys. ``None``: clients are dealt out in turn, and keys and state are host 0's.
+      train: takes the place of training clients here: (plan, state, cohort, attempt) -> what came of them
+        (``joining.Part``) and of secure aggregation (``secured.Ended``, or ``None``).
     """
 
     index: int = 0
     count: int = 1
     exchange: Callable[[bytes], Sequence[bytes]] = field(default=lambda data: [data], repr=False)
     remember: Callable[[str], None] = field(default=lambda text: None, repr=False)
+    clients: tuple[int, ...] | None = None
+    train: Callable[..., tuple[Any, Any]] | None = field(default=None, repr=False)
 
     @property
     def first(self) -> bool:
@@ -83,7 +89,7 @@ class Hosts:
 
     def owns(self, place: int) -> bool:
         """Whether the client at a place among all is this host's."""
-        return place % self.count == self.index
+        return place % self.count == self.index if self.clients is None else place in self.clients
 
     def gather(self, value: Any) -> list[Any]:
         """Every host's value, in their order; with one host, just this value.
@@ -96,7 +102,7 @@ class Hosts:
         """
         if self.count == 1:
             return [value]
-        return [_unpacked(data) for data in self.exchange(_packed(value))]
+        return [unpacked(data) for data in self.exchange(packed(value))]
 
     def from_first(self, value: Any) -> Any:
         """What host 0 passes here; what the others pass is not looked at."""
@@ -109,7 +115,7 @@ class Hosts:
 
     def tree_from_first(self, tree: PyTree) -> PyTree:
         """Host 0's arrays and keys in the structure of this host's tree."""
-        if self.count == 1:
+        if self.count == 1 or self.clients is not None:
             return tree
         leaves, structure = jax.tree.flatten(tree)
         data = [jax.random.key_data(leaf) if _is_key(leaf) else leaf for leaf in leaves]
@@ -246,15 +252,15 @@ def _like(leaf: Any, array: np.ndarray) -> Any:
     return jax.numpy.asarray(array) if isinstance(leaf, jax.Array) else array
 
 
-def _packed(value: Any) -> bytes:
+def packed(value: Any) -> bytes:
     """A value as bytes in which nothing can name code."""
     data = msgpack.packb(value, default=_array_out)
     assert data is not None
     return data
 
 
-def _unpacked(data: bytes) -> Any:
-    """The value of :func:`_packed`."""
+def unpacked(data: bytes) -> Any:
+    """The value of :func:`packed`."""
     return msgpack.unpackb(data, ext_hook=_array_in, strict_map_key=False, max_ext_len=2**32 - 1)
 
 

@@ -4,6 +4,7 @@ A sum is added up in the order of the hosts, so that what travels does not grow 
 in the order of the cohort. What clients keep travels for those who took part.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import reduce
 from typing import Any, NamedTuple
@@ -57,10 +58,22 @@ def joined(hosts: Hosts, plan: RoundPlan, state: RoundState, cohort: np.ndarray,
     """
     if hosts.count == 1:
         return part
-    kept: dict[str, PyTree] = dict(part.client_state)
-    if plan.setting == "local":
-        kept["adapters"] = part.adapters
-    found = hosts.gather(_told(part, kept))
+    return assembled(plan, state, cohort, part, hosts.gather(told(plan, part)))
+
+
+def assembled(
+    plan: RoundPlan, state: RoundState, cohort: np.ndarray, part: Part, found: Sequence[Mapping[str, Any]]
+) -> Part:
+    """What came of a cohort from what some told of it, each of its own clients.
+
+    Args:
+      plan: of the rounds.
+      state: that the round began with.
+      cohort: all its members' places.
+      part: of this host.
+      found: from :func:`told` of every host, in the order in which sums are added up.
+    """
+    kept = _kept_by(plan, part)
     members = np.concatenate([one["members"] for one in found]).astype(int)
     place = {int(member): position for position, member in enumerate(cohort)}
     order = np.argsort([place[int(member)] for member in members])
@@ -78,9 +91,10 @@ def joined(hosts: Hosts, plan: RoundPlan, state: RoundState, cohort: np.ndarray,
     )
 
 
-def _told(part: Part, kept: dict[str, PyTree]) -> dict[str, Any]:
-    """What a host tells the others."""
+def told(plan: RoundPlan, part: Part) -> dict[str, Any]:
+    """What a host tells the others of its clients: values that ``Hosts.gather`` takes."""
     index = jnp.asarray(part.members, jnp.int32)
+    kept = _kept_by(plan, part)
     return {
         "members": np.asarray(part.members, np.int64),
         "view": None if part.view is None else jax.tree.leaves(part.view),
@@ -90,6 +104,12 @@ def _told(part: Part, kept: dict[str, PyTree]) -> dict[str, Any]:
         "reports": [asdict(report) for report in part.reports],
         "padded_tokens": part.padded_tokens,
     }
+
+
+def _kept_by(plan: RoundPlan, part: Part) -> dict[str, PyTree]:
+    """What all clients keep [N, ...], with the adapters where those are their own."""
+    own = {"adapters": part.adapters} if plan.setting == "local" else {}
+    return part.client_state | own
 
 
 def _view(plan: RoundPlan, state: RoundState, told: list[list[np.ndarray] | None], order: np.ndarray) -> View | None:

@@ -5,7 +5,9 @@ gradients are clipped and steps are noised in local training, messages and sums 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -40,8 +42,11 @@ from fedjax_llm.training import client_update
 from fedjax_llm.training.client_update import LocalState, Secrets
 from fedjax_llm.types import Local, Params, PyTree, RoundState, Stack, Sum, View
 
+Masked = Callable[[np.ndarray, PyTree, Array], None]
+"""Places of clients, their messages [C, ...] and weights f32 [C], of which the first are theirs -> nothing."""
 
-class _Moment(NamedTuple):
+
+class Moment(NamedTuple):
     """What all chunks of a round share: its number and attempt, the weights, what the server sends, what is trained.
 
     ``staleness`` tells by client how many steps the server has taken since it began.
@@ -117,14 +122,19 @@ def run_round(
     number = int(state.round) + 1
     answers = answers_of(plan, number, attempt)
     slots, cohort, state = slots_of(plan), answers.cohort, meshes.place(plan.trainer.mesh, state)
-    moment = _moment(plan, params, state, answers, number, attempt)
-    exchange = secured.begin(plan, state, answers, moment.received, moment.live, attempt)
-    mine = cohort[[hosts.owns(int(member)) for member in cohort]] if hosts.count > 1 else cohort
-    part = joined(hosts, plan, state, cohort, _run_chunks(plan, moment, state, mine, slots, exchange))
-    _, view, ideal, adapters, client_state, below_clip, reports, padded_tokens = part
+    moment = moment_of(plan, params, state, answers, number, attempt)
+    ended = None
+    if hosts.train is not None:
+        part, ended = hosts.train(plan, state, cohort, attempt)
+    else:
+        exchange = secured.begin(plan, state, answers, moment.received, moment.live, attempt)
+        mine = cohort[[hosts.owns(int(member)) for member in cohort]] if hosts.count > 1 else cohort
+        masked = None if exchange is None else partial(secured.add, exchange)
+        part = joined(hosts, plan, state, cohort, run_chunks(plan, moment, state, mine, slots, masked))
+        ended = None if exchange is None else secured.end(exchange)
+    cohort, view, ideal, adapters, client_state, below_clip, reports, padded_tokens = part
     check_included(plan, number, reports)
     view = release.seen(plan, view, cohort, number)
-    ended = None if exchange is None else secured.end(exchange)
     if ended is not None:
         view, client_state, reports = ended.view, _kept_if(ended, client_state, state), with_traffic(reports, ended)
     after = RoundState(jnp.int32(number), adapters, state.server_state, client_state, state.privacy_state)
@@ -143,10 +153,19 @@ def run_round(
     )
 
 
-def _run_chunks(
-    plan: RoundPlan, moment: _Moment, state: RoundState, cohort: np.ndarray, slots: int, exchange: Any
+def run_chunks(
+    plan: RoundPlan, moment: Moment, state: RoundState, cohort: np.ndarray, slots: int, masked: Masked | None
 ) -> Part:
-    """Local training of clients, ``slots`` at a time."""
+    """Local training of clients, ``slots`` at a time.
+
+    Args:
+      plan: of the rounds.
+      moment: of the round.
+      state: that it begins with.
+      cohort: places of the clients among all.
+      slots: clients at a time.
+      masked: takes their messages, which are to be seen by nobody; ``None``: they are put into the view.
+    """
     kind = plan.aggregation.view if plan.corrupt is None else Stack  # attackers see all; the algorithm sees its view
     view, adapters, client_state = release.nothing(plan, state.adapters), state.adapters, dict(state.client_state)
     reports: list[ClientReport] = []
@@ -158,8 +177,8 @@ def _run_chunks(
         chunk = _run_chunk(plan, moment, state, members, index)
         if plan.setting == "local":
             adapters = trees.put(adapters, index, chunk.adapters)
-        elif exchange is not None:
-            secured.add(exchange, members, chunk.messages, chunk.weights)
+        elif masked is not None:
+            masked(members, chunk.messages, chunk.weights)
         else:
             view = release.join(view, kind, chunk.messages, chunk.weights, len(members))
             ideal = effective.join(plan, ideal, chunk.adapters, chunk.weights)
@@ -179,7 +198,7 @@ def _kept_if(ended: Ended, client_state: dict[str, PyTree], before: RoundState) 
 
 
 def _in_vain(
-    plan: RoundPlan, state: RoundState, moment: _Moment, answers: Answers, ended: Ended | None
+    plan: RoundPlan, state: RoundState, moment: Moment, answers: Answers, ended: Ended | None
 ) -> dict[str, Any]:
     """What a report says of clients that were selected in vain; nothing where all answer at once."""
     federation = plan.federation
@@ -199,10 +218,21 @@ def _started(started: PyTree, answers: Answers, before: PyTree, after: PyTree) -
     return started
 
 
-def _moment(plan: RoundPlan, params: Params, state: RoundState, answers: Answers, number: int, attempt: int) -> _Moment:
-    """What all chunks of a round share."""
+def moment_of(
+    plan: RoundPlan, params: Params, state: RoundState, answers: Answers, number: int, attempt: int
+) -> Moment:
+    """What all chunks of a round share.
+
+    Args:
+      plan: of the rounds.
+      params: the frozen weights.
+      state: that the round begins with.
+      answers: who takes part.
+      number: of the round.
+      attempt: at it.
+    """
     algorithm, ages = plan.aggregation, zip(answers.cohort.tolist(), answers.staleness.tolist(), strict=True)
-    return _Moment(
+    return Moment(
         number=number,
         attempt=attempt,
         params=effective.params(plan, params, state.server_state),
@@ -213,15 +243,15 @@ def _moment(plan: RoundPlan, params: Params, state: RoundState, answers: Answers
 
 
 def _served(
-    plan: RoundPlan, moment: _Moment, state: RoundState, view: View | None, below_clip: Array
+    plan: RoundPlan, moment: Moment, state: RoundState, view: View | None, below_clip: Array
 ) -> dict[str, PyTree]:
     """What the server makes of its view: the parts of the state that change."""
     if view is None:
         return {}
     privacy_state = state.privacy_state
     if plan.mechanism is not None:
-        moment_of = (moment.number, moment.attempt)
-        view, privacy_state = release.noised_sum(plan, view, privacy_state, below_clip, *moment_of)
+        asked = (moment.number, moment.attempt)
+        view, privacy_state = release.noised_sum(plan, view, privacy_state, below_clip, *asked)
         if isinstance(view, Sum) and moment.live is not None:  # no noise where nothing is trained
             live = {name: jnp.float32(on) for name, on in moment.live.items()}
             view = Sum(low_rank.masked(view.total, live), view.weight)
@@ -229,7 +259,7 @@ def _served(
     return {"adapters": adapters, "server_state": server_state, "privacy_state": privacy_state}
 
 
-def _run_chunk(plan: RoundPlan, moment: _Moment, state: RoundState, members: np.ndarray, index: Array) -> _Chunk:
+def _run_chunk(plan: RoundPlan, moment: Moment, state: RoundState, members: np.ndarray, index: Array) -> _Chunk:
     """Local training of a chunk of the cohort."""
     number, attempt = moment.number, moment.attempt
     clients, slots, algorithm = [plan.clients[i] for i in members], len(index), plan.aggregation
@@ -285,7 +315,7 @@ def _run_chunk(plan: RoundPlan, moment: _Moment, state: RoundState, members: np.
 
 
 def _local(
-    plan: RoundPlan, moment: _Moment, state: RoundState, index: Array, kept: dict[str, PyTree], staleness: np.ndarray
+    plan: RoundPlan, moment: Moment, state: RoundState, index: Array, kept: dict[str, PyTree], staleness: np.ndarray
 ) -> Local:
     """What the clients of a chunk begin with, leaves [C, ...]."""
     slots = len(index)

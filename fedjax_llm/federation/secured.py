@@ -6,6 +6,7 @@ memory but those bytes. Masks cancel exactly, so the sum is a function of the me
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from fedjax_llm.federation.release import message_like
 from fedjax_llm.federation.sampling import round_key, secret_round_key
 from fedjax_llm.privacy.mechanism import Shares
 from fedjax_llm.secure import encoding, ring, simulation
-from fedjax_llm.secure.outcome import Abandoned
+from fedjax_llm.secure.outcome import Abandoned, Outcome
 from fedjax_llm.types import PyTree, RoundState, Sum
 
 
@@ -83,8 +84,7 @@ def begin(
     number, template = int(state.round) + 1, message_like(plan, state)
     places = np.union1d(np.union1d(answers.cohort, answers.silent), answers.late).astype(int)
     exchange = Exchange(plan, number, attempt, template, live, names=tuple(plan.clients[i].name for i in places))
-    size = sum(leaf.size for leaf in _leaves(template, live))
-    shares = _shares(plan)
+    values, bits = room(exchange)
     try:
         exchange.session = simulation.open_round(
             plan.secure.terms_of(len(places)),
@@ -92,13 +92,19 @@ def begin(
             exchange.names,
             session=os.urandom(16),
             round_number=number,
-            model=_digest(state.adapters, received),
-            values=size + ring.EXTRA if shares is None else encoding.encoded_length(size),
-            bits=32 if shares is None else shares.bits,
+            model=digest_of(state.adapters, received),
+            values=values,
+            bits=bits,
         )
     except Abandoned as lost:
         exchange.lost = lost
     return exchange
+
+
+def room(exchange: Exchange) -> tuple[int, int]:
+    """How many integers a message is, and of how many bits."""
+    size, shares = sum(leaf.size for leaf in _leaves(exchange.template, exchange.live)), _shares(exchange.plan)
+    return (size + ring.EXTRA, 32) if shares is None else (encoding.encoded_length(size), shares.bits)
 
 
 def add(exchange: Exchange, members: np.ndarray, messages: PyTree, weights: Array) -> None:
@@ -112,29 +118,46 @@ def add(exchange: Exchange, members: np.ndarray, messages: PyTree, weights: Arra
     """
     if exchange.session is None:
         return
+    encoded = encoded_messages(exchange, members, messages, weights)
+    for place, vector in zip(members, encoded, strict=True):
+        exchange.session = simulation.submit(exchange.session, exchange.plan.clients[place].name, vector)
+
+
+def encoded_messages(exchange: Exchange, members: np.ndarray, messages: PyTree, weights: Array) -> Sequence[np.ndarray]:
+    """Messages [C, ...] as integers of the ring [P], with their shares of the noise where sites add some.
+
+    Arguments as for :func:`add`.
+    """
     plan, real = exchange.plan, len(members)
     vectors = _flat(_leaves(messages, exchange.live))[:real]
     shares = _shares(plan)
     if shares is None:
         assert plan.secure is not None
-        encoded = np.asarray(_quantised(vectors, jnp.asarray(weights)[:real], plan.secure.grid))
-    else:
-        weighted = np.asarray(vectors) * np.asarray(weights)[:real, None]
-        encoded = [_blurred(exchange, shares, int(place), row) for place, row in zip(members, weighted, strict=True)]
-    for place, vector in zip(members, encoded, strict=True):
-        exchange.session = simulation.submit(exchange.session, plan.clients[place].name, vector)
+        return list(np.asarray(_quantised(vectors, jnp.asarray(weights)[:real], plan.secure.grid)))
+    weighted = np.asarray(vectors) * np.asarray(weights)[:real, None]
+    return [_blurred(exchange, shares, int(place), row) for place, row in zip(members, weighted, strict=True)]
 
 
 def end(exchange: Exchange) -> Ended:
     """Survivors agree, their masks are opened, and the server reads the sum; or the round is abandoned."""
-    plan, shares = exchange.plan, _shares(exchange.plan)
     try:
         if exchange.lost is not None:
             raise exchange.lost
         outcome = simulation.close(exchange.session)
     except Abandoned as lost:
-        report = SecureReport(len(exchange.names), 0, tuple(lost.dropped), 0, str(lost))
-        return Ended(None, report, {name: Traffic(*both) for name, both in lost.traffic.items()})
+        return abandoned(exchange, lost)
+    return opened(exchange, outcome)
+
+
+def abandoned(exchange: Exchange, lost: Abandoned) -> Ended:
+    """The end of a round that released nothing."""
+    report = SecureReport(len(exchange.names), 0, tuple(lost.dropped), 0, str(lost))
+    return Ended(None, report, {name: Traffic(*both) for name, both in lost.traffic.items()})
+
+
+def opened(exchange: Exchange, outcome: Outcome) -> Ended:
+    """The sum of the survivors' messages, read from the integers that the protocol gave."""
+    plan, shares = exchange.plan, _shares(exchange.plan)
     cut = 0
     if shares is None:
         assert plan.secure is not None
@@ -183,7 +206,7 @@ def _rotation(exchange: Exchange) -> bytes:
     return hashlib.sha256(b"fedjax_llm rotation " + np.asarray(jax.random.key_data(key)).tobytes()).digest()
 
 
-def _digest(*sent: PyTree) -> bytes:
+def digest_of(*sent: PyTree) -> bytes:
     """SHA-256 of what the server sends to every client."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(sent):

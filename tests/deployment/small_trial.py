@@ -1,0 +1,28 @@
+"""A trial in miniature: real processes, a tiny model in a folder, three sites of invented records."""
+
+from pathlib import Path
+
+from small_job import private_job
+from small_run import write_sites
+from tiny import tiny_folder
+
+SITES = """
+
+def get_sites():
+    from fedjax_llm.data.site_files import SiteFiles
+    from fedjax_llm.deployment.site import Budget, Site
+
+    return tuple(
+        Site(name, SiteFiles((f"{texts}/{{name}}.jsonl",), id_column="id"), {job!r}, budget=Budget(20.0, 1e-3))
+        for name in ("coast", "hill", "town")
+    )
+"""
+
+
+def write_trial(folder: Path, **changes: object) -> Path:
+    """Model, texts and configuration of a private job; gives the configuration file."""
+    model, texts = tiny_folder(folder / "model"), write_sites(folder / "sites")
+    path = private_job(folder, **changes)
+    text = path.read_text().replace('name="tiny"', f"name={str(model)!r}")
+    path.write_text(text + SITES.format(texts=texts, job=str(path)))
+    return path
