@@ -5,7 +5,7 @@
 .POSIX:
 .SUFFIXES:
 .NOTPARALLEL:
-.PHONY: help quickstart test lint parity flower docs bench peers clean
+.PHONY: help quickstart test lint parity flower docs pythons bench peers clean
 
 VENV = .venv
 PEERS = .venv-peers
@@ -14,6 +14,7 @@ PEERS = .venv-peers
 PYTEST = $(VENV)/bin/python -m pytest
 WORKERS = -n 2 --dist loadfile
 CONFIG = configs/quickstart.py
+VERSIONS = 3.12 3.13
 CANDIDATES = python3.13 python3.12 python3.11 python3.14 python3 python
 # Runs, new enough, and can make environments (some distributions ship venv apart).
 USABLE = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
@@ -25,6 +26,7 @@ help:
 	@echo 'make parity      the tests that compare with torch, transformers and peft (installs them)'
 	@echo 'make flower      the tests of a federation of real processes over Flower'
 	@echo 'make docs        the documentation as a site, build/site'
+	@echo 'make pythons     lint and fast tests under other Pythons, those of VERSIONS that are here'
 	@echo 'make bench       time the training step and a round on the real model, as JSON lines'
 	@echo 'make peers       set up $(PEERS): what the benchmark compares with (torch, PEFT, Flower, Opacus)'
 	@echo 'make clean       remove environments, caches and builds; runs/ and downloads stay'
@@ -52,6 +54,9 @@ flower: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed-docs
 	$(VENV)/bin/python -m mkdocs build --strict
+
+pythons:
+	VERSIONS='$(VERSIONS)' .ci/python_versions
 
 bench: $(VENV)/.installed
 	$(VENV)/bin/python -m experiments.bench --json $(ARGS)

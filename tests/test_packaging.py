@@ -174,7 +174,7 @@ def test_make_installs_once_and_again_when_the_pins_change(tmp_path: Path):
     assert "-m not parity" in (checkout / "calls").read_text()
 
 
-@pytest.mark.parametrize(("broken", "stages"), [("none", 3), ("test", 2)])
+@pytest.mark.parametrize(("broken", "stages"), [("none", 6), ("test", 2)])
 def test_ci_runs_its_stages_in_order_times_them_and_stops_at_a_failure(broken: str, stages: int, tmp_path: Path):
     checkout = copy_checkout(tmp_path)
     stub = tmp_path / "bin/make"
@@ -184,7 +184,7 @@ def test_ci_runs_its_stages_in_order_times_them_and_stops_at_a_failure(broken: s
     ran = run(checkout / ".ci/run", PATH=f"{stub.parent}:{os.environ['PATH']}")
     assert (ran.returncode == 0) == (broken == "none")
     timed = re.findall(r"^=== make (\w+) +\d+ s  status (\d)$", ran.stdout, re.MULTILINE)
-    assert [name for name, _ in timed] == ["lint", "test", "parity"][:stages]
+    assert [name for name, _ in timed] == ["lint", "test", "parity", "flower", "docs", "pythons"][:stages]
     assert [name for name, status in timed if status != "0"] == ([] if broken == "none" else [broken])
 
 

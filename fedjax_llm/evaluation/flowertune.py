@@ -2,9 +2,9 @@
 
 Facts from Flower's ``benchmarks/flowertune-llm/evaluation/medical/benchmarks.py`` and ``utils.py``: the prompt's form,
 that as many tokens are generated as the first key of each batch of 16 has, and how an answer is matched. An answer in
-another form than the key's is wrong there, however right it is, and ``maybe`` only counts where nothing else was written.
-The instruction at the prompt's head is that of Meditron (Chen et al. 2023, arXiv 2311.16079) there. It is not repeated
-here: give it as ``instruction`` where figures shall stand beside the leaderboard's.
+another form than the key's is wrong there, however right it is, and ``maybe`` only counts where nothing else was
+written. The instruction at the prompt's head is that of Meditron (Chen et al. 2023, arXiv 2311.16079) there. It is not
+repeated here: give it as ``instruction`` where figures shall stand beside the leaderboard's.
 """
 
 import re

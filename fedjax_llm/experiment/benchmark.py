@@ -35,15 +35,15 @@ class Scoring:
       forms: ``letters``: the options stand in the prompt, and the likeliest letter is the answer; ``answers``: the
         likeliest of the options' texts, by the mean over its tokens; ``match``: FlowerTune's form, a short greedy
         answer that is compared with the key as text.
-      instruction: that prompts of ``match`` begin with; ``None``: one of ours (``evaluation/flowertune.py``).
       tokens_per_microbatch: bounds memory.
       buckets: how many shapes are compiled at most for each form.
+      instruction: that prompts of ``match`` begin with; ``None``: one of ours (``evaluation/flowertune.py``).
     """
 
     forms: tuple[Form, ...] = ("letters", "answers")
-    instruction: str | None = None
     tokens_per_microbatch: int = 4096
     buckets: int = 4
+    instruction: str | None = None
 
     def __post_init__(self) -> None:
         """Refuses impossible values."""

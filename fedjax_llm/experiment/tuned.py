@@ -48,14 +48,14 @@ def open_run(run: Path, base_alone: bool = False) -> TunedModel:
     if not path.is_file():
         raise UserError(f"{run} is not the folder of a run (it has no {directory.CONFIG}); experiments.run makes one")
     config = directory.read_json(path)
+    adapter = None if base_alone else run / "adapter"
+    if adapter is not None and not adapter.is_dir():
+        raise UserError(_why_no_adapter(run, config.get("setting")))
     try:
         model, system = config["model"], config["data"]["system"]
         name, dtype, quantise = model["name"], model["dtype"], model.get("quantise", "none")
     except (KeyError, TypeError) as missing:
         raise UserError(f"{path} is not the configuration of a run: {missing} is missing") from None
-    adapter = None if base_alone else run / "adapter"
-    if adapter is not None and not adapter.is_dir():
-        raise UserError(_why_no_adapter(run, config.get("setting")))
     return open_model(name, adapter, dtype, quantise, system)
 
 

@@ -166,7 +166,7 @@ def asked(run, key_file=None):
 
 
 def compared(run, key_file=None):
-    compare.show((run,), key_file)
+    compare.show((run,), key_file=key_file)
 
 
 def recounted(run, key_file=None):

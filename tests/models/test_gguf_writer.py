@@ -193,7 +193,7 @@ def test_what_cannot_be_written_is_told_before_a_file_is_there(tmp_path, monkeyp
     (tmp_path / "taken").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         write_gguf(before, tmp_path / "taken" / "model.gguf")
-    monkeypatch.setattr(gguf_tokenizer, "_PRE_TOKENIZERS", ("llama-bpe",))
+    monkeypatch.setattr(gguf_tokenizer, "_PRE_TOKENIZERS", ("qwen2",))
     with pytest.raises(UserError, match="has no name"):
         write_gguf(before, out)
     assert not list(tmp_path.glob("*.gguf*"))
