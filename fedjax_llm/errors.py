@@ -20,8 +20,9 @@ def nearest(name: str, options: Iterable[str], most: int = 3) -> str:
       options: what would have been accepted.
       most: how many near names to show.
 
-    >>> nearest("adamm", ["adam", "sgd"])
-    "; did you mean 'adam'?"
+    Examples:
+      >>> nearest("adamm", ["adam", "sgd"])
+      "; did you mean 'adam'?"
     """
     options = sorted(set(options))
     close = difflib.get_close_matches(name, options, n=most, cutoff=0.6)

@@ -344,9 +344,10 @@ def truncated(adapters: Adapters, rank: Array) -> Adapters:
 def products(adapters: Adapters) -> dict[str, Array]:
     """Module -> ``a b`` [..., in, out] in full f32, without the scaling.
 
-    >>> print(products({"up_proj": {"a": jnp.array([[1.0], [2.0]]), "b": jnp.array([[3.0, 4.0]])}})["up_proj"])
-    [[3. 4.]
-     [6. 8.]]
+    Examples:
+      >>> print(products({"up_proj": {"a": jnp.array([[1.0], [2.0]]), "b": jnp.array([[3.0, 4.0]])}})["up_proj"])
+      [[3. 4.]
+       [6. 8.]]
     """
     exact = jax.lax.Precision.HIGHEST
     return {
@@ -370,8 +371,9 @@ def add(params: Params, change: Mapping[str, Array]) -> Params:
 def size(adapters: PyTree) -> int:
     """How many numbers the adapters hold.
 
-    >>> size({"layers.0.mlp.up_proj": {"a": jnp.zeros((32, 4)), "b": jnp.zeros((4, 48))}})
-    320
+    Examples:
+      >>> size({"layers.0.mlp.up_proj": {"a": jnp.zeros((32, 4)), "b": jnp.zeros((4, 48))}})
+      320
     """
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(adapters))
 

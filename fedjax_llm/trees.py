@@ -44,8 +44,9 @@ def select(mask: Array, yes: PyTree, no: PyTree) -> PyTree:
 def weighted_sum(weights: Array, tree: PyTree) -> PyTree:
     """Leaves [C, ...] -> [...]: the sum of ``weights[c]`` times entry c, in f32.
 
-    >>> print(weighted_sum(jnp.array([1.0, 3.0]), {"w": jnp.array([[1.0, 0.0], [0.0, 1.0]])})["w"])
-    [1. 3.]
+    Examples:
+      >>> print(weighted_sum(jnp.array([1.0, 3.0]), {"w": jnp.array([[1.0, 0.0], [0.0, 1.0]])})["w"])
+      [1. 3.]
     """
     # In full f32 on every device: half the bits would round a sum of many clipped updates by more than one of them.
     exact = jax.lax.Precision.HIGHEST

@@ -20,10 +20,11 @@ def from_optax(transform: optax.GradientTransformation) -> Aggregation:
     Args:
       transform: any optax optimiser.
 
-    >>> algorithm, adapters = from_optax(optax.sgd(0.5)), {"w": jnp.zeros(2)}
-    >>> view = Sum(total={"w": jnp.array([6.0, 3.0])}, weight=jnp.float32(3))
-    >>> print(algorithm.update(view, algorithm.init(adapters), adapters)[0]["w"])
-    [1.  0.5]
+    Examples:
+      >>> algorithm, adapters = from_optax(optax.sgd(0.5)), {"w": jnp.zeros(2)}
+      >>> view = Sum(total={"w": jnp.array([6.0, 3.0])}, weight=jnp.float32(3))
+      >>> print(algorithm.update(view, algorithm.init(adapters), adapters)[0]["w"])
+      [1.  0.5]
     """
 
     def update(view: Sum, state: PyTree, adapters: PyTree) -> tuple[PyTree, PyTree]:
@@ -43,8 +44,9 @@ def from_optax(transform: optax.GradientTransformation) -> Aggregation:
 def mean(view: Sum) -> PyTree:
     """The weighted mean of the clients' messages; zeros where no client took part.
 
-    >>> print(mean(Sum(total={"w": jnp.array([6.0, 3.0])}, weight=jnp.float32(3)))["w"])
-    [2. 1.]
+    Examples:
+      >>> print(mean(Sum(total={"w": jnp.array([6.0, 3.0])}, weight=jnp.float32(3)))["w"])
+      [2. 1.]
     """
     present = view.weight > 0
     share = jnp.where(present, 1.0 / jnp.where(present, view.weight, 1.0), 0.0)

@@ -64,8 +64,9 @@ def hadamard(values: Array) -> Array:
     Args:
       values: [..., d], d a power of two.
 
-    >>> print(hadamard(jnp.array([1.0, 0.0, 0.0, 0.0])))
-    [0.5 0.5 0.5 0.5]
+    Examples:
+      >>> print(hadamard(jnp.array([1.0, 0.0, 0.0, 0.0])))
+      [0.5 0.5 0.5 0.5]
     """
     leading, width, half = values.shape[:-1], values.shape[-1], 1
     out = values

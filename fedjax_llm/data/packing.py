@@ -121,8 +121,9 @@ class _Row(NamedTuple):
 def target_count(example: EncodedExample) -> int:
     """How many of an example's tokens are predicted: all of the answer, but never the first token of all.
 
-    >>> [target_count(EncodedExample("r1", np.arange(9), prompt_length)) for prompt_length in (5, 0)]
-    [4, 8]
+    Examples:
+      >>> [target_count(EncodedExample("r1", np.arange(9), prompt_length)) for prompt_length in (5, 0)]
+      [4, 8]
     """
     return len(example.tokens) - max(example.prompt_length, 1)
 
@@ -147,9 +148,10 @@ def choose_shapes(
     Returns:
       Shapes of increasing length. Each has target slots for somewhat more than its rows have on average.
 
-    >>> texts = [EncodedExample(str(length), np.zeros(length, np.int32), length - 8) for length in (20, 24, 100)]
-    >>> [(shape.rows, shape.length) for shape in choose_shapes(texts, tokens_per_microbatch=256, buckets=2)]
-    [(11, 24), (2, 104)]
+    Examples:
+      >>> texts = [EncodedExample(str(length), np.zeros(length, np.int32), length - 8) for length in (20, 24, 100)]
+      >>> [(shape.rows, shape.length) for shape in choose_shapes(texts, tokens_per_microbatch=256, buckets=2)]
+      [(11, 24), (2, 104)]
     """
     lengths = np.array([_round_up(len(example.tokens)) for example in examples])
     targets = np.array([target_count(example) for example in examples])

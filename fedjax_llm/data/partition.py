@@ -41,9 +41,10 @@ def partitioned(dataset: Dataset, partitioner: Partitioner, rng: np.random.Gener
 class Iid:
     """``sites`` sites of (nearly) equal numbers of owners, drawn at random.
 
-    >>> records = [Record(f"r{number}", examples=(), owner=f"patient {number // 2}") for number in range(12)]
-    >>> [len(site.records) for site in Iid(sites=3).split(records, np.random.default_rng(0))]
-    [4, 4, 4]
+    Examples:
+      >>> records = [Record(f"r{number}", examples=(), owner=f"patient {number // 2}") for number in range(12)]
+      >>> [len(site.records) for site in Iid(sites=3).split(records, np.random.default_rng(0))]
+      [4, 4, 4]
     """
 
     sites: int

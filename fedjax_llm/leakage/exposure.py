@@ -52,9 +52,10 @@ def exposure(value: float, others: np.ndarray) -> Exposure:
       value: its log-likelihood.
       others: [N], those of the references.
 
-    >>> found = exposure(-3.0, np.array([-9.0, -8.0, -7.5, -2.0, -6.0, -7.0, -9.5]))
-    >>> found.rank, found.bits
-    (2, 2.0)
+    Examples:
+      >>> found = exposure(-3.0, np.array([-9.0, -8.0, -7.5, -2.0, -6.0, -7.0, -9.5]))
+      >>> found.rank, found.bits
+      (2, 2.0)
     """
     rank = 1 + int(np.sum(~(others < value)))  # what is no number, as of a model that diverged, is last
     bits = float(np.log2(len(others) + 1) - np.log2(rank))

@@ -164,8 +164,9 @@ def clopper_pearson(successes: int, trials: int, confidence: float) -> tuple[flo
       trials: at least one.
       confidence: of the interval.
 
-    >>> [round(end, 3) for end in clopper_pearson(0, 28, confidence=0.95)]
-    [0.0, 0.123]
+    Examples:
+      >>> [round(end, 3) for end in clopper_pearson(0, 28, confidence=0.95)]
+      [0.0, 0.123]
     """
     from scipy.special import betaincinv  # a second to import
 

@@ -53,10 +53,11 @@ class Guarantee(NamedTuple):
 def epsilon(events: Sequence[Event], delta: float, accountant: Accountant = "pld") -> float:
     """The epsilon of :func:`guarantee`: 0 for no events, infinite where something is released without noise.
 
-    >>> epsilon([], delta=1e-5)
-    0.0
-    >>> round(epsilon([Event("gaussian", noise_multiplier=2.0, count=4)], delta=1e-5), 3)  # as one of multiplier 1
-    4.377
+    Examples:
+      >>> epsilon([], delta=1e-5)
+      0.0
+      >>> round(epsilon([Event("gaussian", noise_multiplier=2.0, count=4)], delta=1e-5), 3)  # as one of multiplier 1
+      4.377
     """
     return guarantee(events, delta, accountant).epsilon
 

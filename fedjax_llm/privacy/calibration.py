@@ -45,8 +45,9 @@ def noise_multipliers(
     Raises:
       UserError: an impossible target or template, or no noise multiplier up to 10000 that meets the target.
 
-    >>> noise_multipliers([Event("gaussian", 1.0, count=16)], epsilon=8.0, delta=1e-5)  # any multiplier stands for all
-    [2.401]
+    Examples:
+      >>> noise_multipliers([Event("gaussian", 1.0, count=16)], epsilon=8.0, delta=1e-5)  # any multiplier
+      [2.401]
     """
     distinct = dict.fromkeys(replace(template, noise_multiplier=1.0) for template in templates)
     found: dict[Event, float] = {}
@@ -121,8 +122,9 @@ def rounds_within(
       UserError: an impossible budget or event, or the event of an unamplified matrix mechanism, whose noise is made for
         one number of steps.
 
-    >>> rounds_within(Event("gaussian", noise_multiplier=4.0), epsilon=8.0, delta=1e-5)
-    44
+    Examples:
+      >>> rounds_within(Event("gaussian", noise_multiplier=4.0), epsilon=8.0, delta=1e-5)
+      44
     """
     _check_target(epsilon, delta, accountant)
     if event.kind == "matrix":

@@ -59,10 +59,11 @@ def clip_units(tree: PyTree, clip: Clip, norm: Array | float | None = None) -> P
       clip: the bound.
       norm: in place of ``clip.norm``.
 
-    >>> gradients = {"w": jnp.array([[3.0, 4.0], [0.3, 0.4]])}  # of two units, with norms 5 and 0.5
-    >>> print(clip_units(gradients, Clip(norm=1.0))["w"].round(3))
-    [[0.6 0.8]
-     [0.3 0.4]]
+    Examples:
+      >>> gradients = {"w": jnp.array([[3.0, 4.0], [0.3, 0.4]])}  # of two units, with norms 5 and 0.5
+      >>> print(clip_units(gradients, Clip(norm=1.0))["w"].round(3))
+      [[0.6 0.8]
+       [0.3 0.4]]
     """
     scale = factors(tree, clip, norm)
 

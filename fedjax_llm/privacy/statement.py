@@ -63,8 +63,9 @@ def at_most(epsilon: float) -> str:
 def bound(epsilon: float | None) -> str:
     """An epsilon with two decimals, rounded up because it is an upper bound; ``unbounded`` for none.
 
-    >>> bound(3.2101), bound(8.0), bound(321_456.0), bound(None)
-    ('3.22', '8.00', '321,456.00', 'unbounded')
+    Examples:
+      >>> bound(3.2101), bound(8.0), bound(321_456.0), bound(None)
+      ('3.22', '8.00', '321,456.00', 'unbounded')
     """
     if epsilon is None or not math.isfinite(epsilon):
         return "unbounded"

@@ -132,8 +132,9 @@ def curve(name: str, path: Path) -> Curve:
 def running_mean(values: Sequence[float], width: int) -> np.ndarray:
     """The mean over a window around each value, narrower at both ends so that it stays centred.
 
-    >>> running_mean([1.0, 2.0, 6.0, 2.0], 3).tolist()
-    [1.0, 3.0, 3.3333333333333335, 2.0]
+    Examples:
+      >>> running_mean([1.0, 2.0, 6.0, 2.0], 3).tolist()
+      [1.0, 3.0, 3.3333333333333335, 2.0]
     """
     sums = np.concatenate([[0.0], np.cumsum(values)])
     places, half = np.arange(len(values)), width // 2
@@ -221,8 +222,9 @@ def _name_ends(axes: Axes, ends: Sequence[tuple[float, str]], looks: Mapping[str
 def apart(values: Sequence[float], gap: float) -> list[float]:
     """Rising places at least ``gap`` apart, as near to rising values as can be (least squares, in blocks).
 
-    >>> apart([0.0, 1.0, 1.0], 1.0)
-    [-0.3333333333333333, 0.6666666666666667, 1.6666666666666667]
+    Examples:
+      >>> apart([0.0, 1.0, 1.0], 1.0)
+      [-0.3333333333333333, 0.6666666666666667, 1.6666666666666667]
     """
     blocks: list[tuple[float, int]] = []  # mean of the values less their offsets, and how many they are
     for place, value in enumerate(values):

@@ -52,8 +52,9 @@ class Scalars:
 def scalars(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
     """Path and value of every number in nested dictionaries, but the round itself; lists count their length.
 
-    >>> list(scalars({"round": 1, "loss": 2.5, "excluded": ["a"], "epsilon": None}))
-    [('loss', 2.5), ('excluded', 1.0)]
+    Examples:
+      >>> list(scalars({"round": 1, "loss": 2.5, "excluded": ["a"], "epsilon": None}))
+      [('loss', 2.5), ('excluded', 1.0)]
     """
     if isinstance(value, Mapping):
         for key, inner in value.items():

@@ -222,8 +222,9 @@ class _Worker:
 def aggregate(value: Any) -> Any:
     """Metrics or a summary without the figures of single sites.
 
-    >>> aggregate({"round": 1, "sites": {"a": {"loss": 2.5}}, "epsilon": {"max": 3.0, "accounts": {"a": 3.0}}})
-    {'round': 1, 'epsilon': {'max': 3.0}}
+    Examples:
+      >>> aggregate({"round": 1, "sites": {"a": {"loss": 2.5}}, "epsilon": {"max": 3.0, "accounts": {"a": 3.0}}})
+      {'round': 1, 'epsilon': {'max': 3.0}}
     """
     if not isinstance(value, Mapping):
         return value

@@ -24,9 +24,10 @@ def commitment(context: bytes, kind: str, place: int, secret: bytes) -> bytes:
 def combined(shares: Mapping[int, bytes], threshold: int) -> bytes | None:
     """The secret, from shares by place; ``None`` where they are too few.
 
-    >>> shares = dealt(b"sixteen letters!", threshold=2, holders=3)
-    >>> combined({1: shares[0], 3: shares[2]}, threshold=2), combined({2: shares[1]}, threshold=2)
-    (b'sixteen letters!', None)
+    Examples:
+      >>> shares = dealt(b"sixteen letters!", threshold=2, holders=3)
+      >>> combined({1: shares[0], 3: shares[2]}, threshold=2), combined({2: shares[1]}, threshold=2)
+      (b'sixteen letters!', None)
     """
     if len(shares) < threshold:
         return None

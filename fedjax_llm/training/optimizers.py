@@ -88,8 +88,9 @@ class Schedule:
     def factor(self, step: int, steps: int) -> float:
         """The factor at ``step`` of ``steps``, counted from zero.
 
-        >>> [Schedule("linear", warmup=0.25).factor(step, 8) for step in range(8)][:4]
-        [0.5, 1.0, 1.0, 0.8333333333333334]
+        Examples:
+          >>> [Schedule("linear", warmup=0.25).factor(step, 8) for step in range(8)][:4]
+          [0.5, 1.0, 1.0, 0.8333333333333334]
         """
         warm = self.warmup * steps
         if step + 1 < warm:
