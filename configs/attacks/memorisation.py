@@ -3,7 +3,7 @@
     python -m experiments.attack --config=configs/attacks/memorisation.py
 
 The cards of eight clinics with planted patient records, as in course.py, in one place and without privacy. Both
-trainings take the same batches, and are looked at six times on the way; the whole model is trained, about forty minutes
+trainings take the same batches, and are looked at six times on the way; the whole model is trained, more than an hour
 on two cores. A training that is finished is not repeated.
 """
 
