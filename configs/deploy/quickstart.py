@@ -1,4 +1,4 @@
-"""The quickstart between four clinics that keep their cards: a server and four sites over Flower, on this machine.
+"""The quickstart between eight clinics that keep their cards: a server and eight sites over Flower, on this machine.
 
     python -m experiments.deploy --config=configs/deploy/quickstart.py
     python -m experiments.deploy --config=configs/deploy/quickstart.py --simulate     # the same bits in one process
@@ -15,7 +15,7 @@ from fedjax_llm.data.at_sites import AtSites
 from fedjax_llm.data.hpo import HpoFlashcards
 from fedjax_llm.deployment.site import Budget, Site
 
-CLINICS = ("blood", "ear", "endocrine", "eye")
+CLINICS = ("blood", "cardiovascular", "digestive", "ear", "endocrine", "eye", "immune", "respiratory")
 
 
 def get_config() -> Experiment:
@@ -23,7 +23,6 @@ def get_config() -> Experiment:
     return replace(
         experiment,
         data=replace(experiment.data, source=AtSites(CLINICS)),
-        federation=replace(experiment.federation, rounds=4),
         evaluation=replace(experiment.evaluation, generations=0),
         execution=replace(experiment.execution, clients_per_chunk=1, buckets=2),
     )
