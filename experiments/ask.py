@@ -1,7 +1,9 @@
 """Asks the tuned model of a run.
 
-python -m experiments.ask runs/quickstart-federated "What is arrhythmia?"
-python -m experiments.ask runs/quickstart-federated --base
+    python -m experiments.ask runs/quickstart-federated "What is arrhythmia?"
+    python -m experiments.ask runs/quickstart-federated --base
+
+Without a question it asks for one after the other.
 """
 
 import sys

@@ -13,6 +13,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
+from experiments.command_line import told
 from fedjax_llm.errors import UserError, tell
 
 
@@ -39,7 +40,11 @@ def look(site: Path, patience: float = 10.0) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     try:
-        return 0 if tyro.cli(look, args=arguments, prog="python -m experiments.check_site") else 1
+        return (
+            0
+            if tyro.cli(look, args=arguments, prog="python -m experiments.check_site", description=told(__doc__))
+            else 1
+        )
     except UserError as error:
         return tell(error)
 

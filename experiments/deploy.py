@@ -1,9 +1,11 @@
 """A federation between real sites, over Flower: a site, the server, or a trial of the whole on this machine.
 
-python -m experiments.deploy --config=configs/deploy/quickstart.py            # a trial, with throw-away keys
-python -m experiments.deploy --config=configs/deploy/quickstart.py --out=runs/mine --resume
-python -m experiments.deploy --config=configs/deploy/quickstart.py --simulate  # the same job in one process
-python -m experiments.deploy --site=my_hospital.py                             # one site, beside its text
+    python -m experiments.deploy --config=configs/deploy/quickstart.py            # a trial, with throw-away keys
+    python -m experiments.deploy --config=configs/deploy/quickstart.py --out=runs/mine --resume
+    python -m experiments.deploy --config=configs/deploy/quickstart.py --simulate  # the same job in one process
+    python -m experiments.deploy --site=my_hospital.py                             # one site, beside its text
+
+docs/deploy.md walks the operators of a site and of the server through it.
 """
 
 import sys
@@ -14,6 +16,7 @@ from typing import Literal
 import tyro
 from rich.console import Console
 
+from experiments.command_line import told
 from fedjax_llm.errors import UserError, tell
 
 
@@ -49,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     console = Console()
     try:
-        command = tyro.cli(Command, args=arguments, prog="python -m experiments.deploy")
+        command = tyro.cli(Command, args=arguments, prog="python -m experiments.deploy", description=told(__doc__))
         if sum(path is not None for path in (command.config, command.site, command.server)) != 1:
             raise UserError(
                 "name one of --config=FILE, a job for a trial here; --site=FILE, the settings of a site; and "

@@ -17,6 +17,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from experiments.command_line import told
 from fedjax_llm.data.medical_choice import MedicalChoice
 from fedjax_llm.errors import UserError, tell
 from fedjax_llm.experiment.benchmark import Scoring, keep, run_benchmark, table_rows
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     console = Console()
     try:
-        command = tyro.cli(Command, args=arguments, prog="python -m experiments.evaluate")
+        command = tyro.cli(Command, args=arguments, prog="python -m experiments.evaluate", description=told(__doc__))
         use_compilation_cache()
         shown = Console(stderr=True) if command.json else console
         with keys.using(command.key_file), RunProgress(1, shown) as progress:

@@ -16,6 +16,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from experiments.command_line import told
 from fedjax_llm.errors import UserError, tell
 from fedjax_llm.experiment.export import Format, export, has_codes
 from fedjax_llm.experiment.tuned import open_run
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     console = Console()
     try:
-        command = tyro.cli(Command, args=arguments, prog="python -m experiments.export")
+        command = tyro.cli(Command, args=arguments, prog="python -m experiments.export", description=told(__doc__))
         with keys.using(command.key_file), RunProgress(1, console) as progress:
             with progress.phase("Loading the model"):
                 tuned = open_run(command.run, command.base)

@@ -1,7 +1,9 @@
 """Downloads the default model and the default text, once, and says where they lie.
 
-python -m experiments.fetch
-python -m experiments.fetch --rehash
+    python -m experiments.fetch
+    python -m experiments.fetch --rehash
+
+Files are pinned and checked by hash; what is there already is not fetched again.
 """
 
 import sys

@@ -1,4 +1,10 @@
-"""A page on this computer that asks the models of a run and shows its report: ``python -m experiments.serve RUN``."""
+"""A page on this computer that asks the models of a run and shows its report.
+
+    python -m experiments.serve runs/quickstart-federated
+    python -m experiments.serve runs/quickstart-federated --port=9000
+
+Only browsers of this computer reach it, unless told otherwise (docs/serve.md).
+"""
 
 import sys
 from pathlib import Path
@@ -6,6 +12,7 @@ from typing import Annotated
 
 import tyro
 
+from experiments.command_line import told
 from fedjax_llm.errors import UserError, tell
 from fedjax_llm.experiment.compilation import use_compilation_cache
 from fedjax_llm.experiment.tuned import open_run
@@ -70,7 +77,7 @@ def serve(
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     try:
-        tyro.cli(serve, args=arguments, prog="python -m experiments.serve")
+        tyro.cli(serve, args=arguments, prog="python -m experiments.serve", description=told(__doc__))
     except UserError as error:
         return tell(error)
     except KeyboardInterrupt:
