@@ -1,7 +1,7 @@
 """The quickstart between eight clinics that keep their cards: a server and eight sites over Flower, on this machine.
 
     python -m experiments.deploy --config=configs/deploy/quickstart.py
-    python -m experiments.deploy --config=configs/deploy/quickstart.py --simulate     # the same bits in one process
+    python -m experiments.deploy --config=configs/deploy/quickstart.py --simulate     # the same in one process
 
 Every clinic is a process of its own that reads its own cards alone. Each keeps a budget of its own, which no server can
 make it exceed. A real site has a file like ``site.py`` beside this one.
