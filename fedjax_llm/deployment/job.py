@@ -116,7 +116,9 @@ def ready(prepared: Prepared) -> Prepared:
     check_stateless(plan, prepared.experiment)
     rows = 1 if plan.mechanism is None else plan.mechanism.examples_per_unit
     shapes = fixed_shapes(prepared.experiment, rows)
-    return replace(prepared, plan=plan._replace(shapes=shapes, measure_error=False))
+    # States of the trunk depend on the shapes that they are computed in.
+    trunk = None if plan.trunk is None else replace(plan.trunk, shapes=shapes)
+    return replace(prepared, plan=plan._replace(shapes=shapes, trunk=trunk, measure_error=False))
 
 
 def check_stateless(plan: RoundPlan, experiment: Experiment) -> None:

@@ -45,7 +45,7 @@ from fedjax_llm.training.optimizers import Optimizer
 def get_config():
     return Experiment(
         model=Model(name="tiny"),
-        lora=Lora(rank=2, alpha=4.0),
+        lora={lora},
         data=Data(AtSites(("coast", "hill", "town")), fractions=Fractions(0.2, 0.2), max_length=96),
         training={training},
         federation=Federation(rounds={rounds}, weighting="uniform"),
@@ -67,7 +67,7 @@ PRIVATE = (
 def write_job(folder: Path, **changes: Any) -> Path:
     """The job's file; ``changes`` fill its places."""
     fields = {"module": "fedavg", "algorithm": "FedAvg", "training": PLAIN, "rounds": 2, "privacy": "Privacy()"}
-    fields |= {"secure": None, "chunk": 1} | changes
+    fields |= {"secure": None, "chunk": 1, "lora": "Lora(rank=2, alpha=4.0)"} | changes
     path = folder / "job.py"
     path.write_text(JOB.format(**fields))
     return path

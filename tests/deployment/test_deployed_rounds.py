@@ -17,7 +17,14 @@ def private(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("change", [{}, {"module": "fedadam", "algorithm": "FedAdam"}], ids=["fedavg", "fedadam"])
+CHANGES = {
+    "fedavg": {},
+    "fedadam": {"module": "fedadam", "algorithm": "FedAdam"},
+    "a trunk below": {"lora": "Lora(rank=2, alpha=4.0, layers=(-1,))"},  # its states depend on shapes too
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 def test_a_run_over_sites_gives_the_bits_of_the_simulation_of_one_client_at_a_time(change, tmp_path):
     job = write_job(tmp_path, **change)
     summary, simulation = deployed(tmp_path, job), simulated(tmp_path, job)

@@ -3,17 +3,19 @@
 from dataclasses import replace
 
 import pytest
-from small_job import NAMES, sources, write_job
+from small_job import NAMES, quiet, sources, tiny, write_job
 
 from fedjax_llm.config import Data
 from fedjax_llm.data.at_sites import AtSites
 from fedjax_llm.data.packing import pack
 from fedjax_llm.data.records import EncodedExample
-from fedjax_llm.deployment.job import check_job, fixed_shapes, job_hash, load_job, with_sites
+from fedjax_llm.deployment.job import check_job, fixed_shapes, job_hash, load_job, ready, with_sites
 from fedjax_llm.deployment.site import Site, read_site
 from fedjax_llm.errors import UserError
+from fedjax_llm.experiment.prepare import prepare
 from fedjax_llm.federation.availability import Availability
 from fedjax_llm.federation.plan import Execution
+from fedjax_llm.runs.progress import RunProgress
 
 
 @pytest.fixture
@@ -89,3 +91,16 @@ def test_a_site_file_gives_a_site_and_a_site_has_a_source(tmp_path):
         read_site(path)
     site = Site("a", sources(tmp_path)["hill"], "job.py", folder="here")
     assert site.budget_path.as_posix() == "here/budget.jsonl"
+
+
+def test_the_trunk_too_is_computed_in_shapes_of_the_configuration(tmp_path):
+    """Its states depend on them: shapes of the text that happens to be held give each side bits of its own."""
+    job = load_job(write_job(tmp_path, lora="Lora(rank=2, alpha=4.0, layers=(-1,))"))
+    prepared = prepare(with_sites(job, NAMES, sources(tmp_path)), RunProgress(1, quiet()), tiny)
+    assert prepared.plan is not None
+    assert prepared.plan.trunk is not None
+    plan = ready(prepared).plan
+    assert plan is not None
+    assert plan.trunk is not None
+    assert plan.trunk.shapes == plan.shapes == fixed_shapes(job, 1)
+    assert prepared.plan.trunk.shapes != plan.trunk.shapes
