@@ -3,10 +3,11 @@
 A family is one file in this folder with a module-level ``FAMILY``. Nothing else has to be edited to add one.
 """
 
+import contextlib
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
@@ -128,6 +129,31 @@ def weight_tree(family: Family, config: Any, of: Callable[[Weight, int | None], 
                 place = place.setdefault(key, {})
             place[weight.path[-1]] = of(weight, layer)
     return found
+
+
+@contextlib.contextmanager
+def reading(architecture: str) -> Iterator[None]:
+    """Around the reading of a ``config.json``: a field that is missing is told, with the architecture.
+
+    Raises:
+      UserError: instead of a ``KeyError``.
+    """
+    try:
+        yield
+    except KeyError as missing:
+        raise UserError(
+            f"The model's config.json has no field {missing}; is it a complete {architecture} folder?"
+        ) from None
+
+
+def check_groups(heads: int, kv_heads: int) -> None:
+    """Refuses heads that cannot share keys and values evenly.
+
+    Raises:
+      UserError: with both numbers.
+    """
+    if heads % kv_heads:
+        raise UserError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
 
 
 @functools.cache

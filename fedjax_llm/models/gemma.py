@@ -15,17 +15,19 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedjax_llm.errors import UserError
-from fedjax_llm.models.family import Family, Weight, Window
+from fedjax_llm.models import llama
+from fedjax_llm.models.family import Family, Weight, Window, check_groups, reading
 from fedjax_llm.models.layers import (
+    GatedMLP,
     Projection,
     RMSNorm,
     grouped_attention,
+    remembered,
     rotary_tables,
     rotate,
     soft_capped,
-    vocabulary_logits,
 )
-from fedjax_llm.models.llama import rotary_frequencies
+from fedjax_llm.models.llama import layer_matrices, layer_norms, outer_weights, projections, rotary_frequencies
 from fedjax_llm.types import Params, PyTree
 
 _GLOBAL, _LOCAL = "full_attention", "sliding_attention"
@@ -69,7 +71,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> GemmaConfig:
     """
     architecture = (raw.get("architectures") or [""])[0]
     second = architecture.startswith("Gemma2")
-    try:
+    with reading(architecture):
         heads, layers = int(raw["num_attention_heads"]), int(raw["num_hidden_layers"])
         head_dim = int(raw.get("head_dim") or 256)
         kinds = _layer_kinds(raw, layers, _PATTERNS.get(architecture, 2))
@@ -97,10 +99,6 @@ def config_from_hf(raw: Mapping[str, Any]) -> GemmaConfig:
             attention_bias=bool(raw.get("attention_bias", False)),
             head_norm=not second,
         )
-    except KeyError as missing:
-        raise UserError(
-            f"The model's config.json has no field {missing}; is it a complete {architecture} folder?"
-        ) from None
     _check(config, raw)
     return config
 
@@ -140,10 +138,7 @@ def _check(config: GemmaConfig, raw: Mapping[str, Any]) -> None:
         raise UserError(
             "use_bidirectional_attention is set: the model is an encoder, which cannot be trained to answer"
         )
-    if config.heads % config.kv_heads:
-        raise UserError(
-            f"num_attention_heads {config.heads} is not a multiple of num_key_value_heads {config.kv_heads}"
-        )
+    check_groups(config.heads, config.kv_heads)
 
 
 def _norm(config: GemmaConfig, name: str | None = None) -> RMSNorm:
@@ -170,10 +165,7 @@ class Attention(nn.Module):
         if c.head_norm:
             query, key = _norm(c, "q_norm")(query), _norm(c, "k_norm")(key)
         query, key = rotate(query, tables), rotate(key, tables)
-        if cache is not None:
-            key = jax.lax.dynamic_update_slice_in_dim(cache["key"], key, at, axis=1)
-            value = jax.lax.dynamic_update_slice_in_dim(cache["value"], value, at, axis=1)
-            cache = {"key": key, "value": value}
+        key, value, cache = remembered(cache, key, value, at)
         mixed = grouped_attention(query, key, value, mask, c.scale, c.score_cap)
         return Projection(c.width, c.attention_bias, self.dropout, name="o_proj")(mixed, keys), cache
 
@@ -182,21 +174,6 @@ class Attention(nn.Module):
 def gated(gate: Array, up: Array) -> Array:
     """``gelu(gate) * up`` with gelu by tanh, differentiated from its two inputs: jax alone keeps more."""
     return jax.nn.gelu(gate, approximate=True) * up
-
-
-class MLP(nn.Module):
-    """Gated linear unit with GELU (Shazeer 2020)."""
-
-    config: GemmaConfig
-    dropout: float
-
-    @nn.compact
-    def __call__(self, x, keys):
-        """[M, L, D] -> [M, L, D]."""
-        c = self.config
-        gate = Projection(c.mlp_width, False, self.dropout, name="gate_proj")(x, keys)
-        up = Projection(c.mlp_width, False, self.dropout, name="up_proj")(x, keys)
-        return Projection(c.width, False, self.dropout, name="down_proj")(gated(gate, up), keys)
 
 
 class Block(nn.Module):
@@ -213,7 +190,7 @@ class Block(nn.Module):
         mixed, cache = Attention(c, self.dropout, name="self_attn")(normed, terms, mask, cache, at, dropout_keys)
         x = x + _norm(c, "post_attention_layernorm")(mixed)
         normed = _norm(c, "pre_feedforward_layernorm")(x)
-        moved = MLP(c, self.dropout, name="mlp")(normed, dropout_keys)
+        moved = GatedMLP(c.width, c.mlp_width, gated, False, self.dropout, name="mlp")(normed, dropout_keys)
         return x + _norm(c, "post_feedforward_layernorm")(moved), cache
 
 
@@ -238,46 +215,19 @@ def finish(config: GemmaConfig, params: Params, x: Array) -> Array:
 
 def logits(config: GemmaConfig, params: Params, hidden: Array) -> Array:
     """[K, D] -> [K, V] in f32, soft-capped where the model was trained so."""
-    table = params["embed_tokens"]["embedding"] if config.tied else params["lm_head"]["embedding"]
-    found = vocabulary_logits(hidden, table)
+    found = llama.logits(config, params, hidden)
     return found if config.logit_cap is None else soft_capped(found, config.logit_cap)
-
-
-def projections(config: GemmaConfig) -> dict[str, tuple[int, int]]:
-    """Adaptable module path within a layer -> (in, out)."""
-    c, heads, kv = config, config.heads * config.head_dim, config.kv_heads * config.head_dim
-    return {
-        "self_attn.q_proj": (c.width, heads),
-        "self_attn.k_proj": (c.width, kv),
-        "self_attn.v_proj": (c.width, kv),
-        "self_attn.o_proj": (heads, c.width),
-        "mlp.gate_proj": (c.width, c.mlp_width),
-        "mlp.up_proj": (c.width, c.mlp_width),
-        "mlp.down_proj": (c.mlp_width, c.width),
-    }
 
 
 def weights(config: GemmaConfig) -> Sequence[Weight]:
     """The weight table: the Hugging Face names, with our tree mirroring them."""
-    table = [
-        Weight("model.embed_tokens.weight", ("embed_tokens", "embedding"), (config.vocab_size, config.width), split=0),
-        Weight("model.norm.weight", ("norm", "scale"), (config.width,)),
-    ]
-    if not config.tied:
-        table.append(Weight("lm_head.weight", ("lm_head", "embedding"), (config.vocab_size, config.width), split=0))
-    for module, (fan_in, fan_out) in projections(config).items():
-        name, path = f"model.layers.{{layer}}.{module}", tuple(module.split("."))
-        split = 0 if path[-1] in ("o_proj", "down_proj") else 1
-        table.append(Weight(f"{name}.weight", (*path, "kernel"), (fan_out, fan_in), transpose=True, split=split))
-        if config.attention_bias and path[0] == "self_attn":
-            table.append(Weight(f"{name}.bias", (*path, "bias"), (fan_out,)))
+    modules = projections(config)
+    biased = [module for module in modules if config.attention_bias and module.startswith("self_attn.")]
     places = ("input", "post_attention", "pre_feedforward", "post_feedforward")
     norms = {f"{place}_layernorm": config.width for place in places}
     if config.head_norm:
         norms |= {"self_attn.q_norm": config.head_dim, "self_attn.k_norm": config.head_dim}
-    for module, size in norms.items():
-        table.append(Weight(f"model.layers.{{layer}}.{module}.weight", (*module.split("."), "scale"), (size,)))
-    return table
+    return [*outer_weights(config), *layer_matrices(modules, biased), *layer_norms(norms)]
 
 
 FAMILY = Family(

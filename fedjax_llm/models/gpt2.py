@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from fedjax_llm.errors import UserError
 from fedjax_llm.models.activations import activate, check_activation
-from fedjax_llm.models.family import Family, Weight
-from fedjax_llm.models.layers import LayerNorm, Projection, grouped_attention, vocabulary_logits
+from fedjax_llm.models.family import Family, Weight, reading
+from fedjax_llm.models.layers import LayerNorm, Projection, grouped_attention, remembered, vocabulary_logits
 from fedjax_llm.types import Params
 
 
@@ -56,7 +55,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> GPT2Config:
     """
     if raw.get("add_cross_attention"):
         raise UserError("add_cross_attention is not supported: there is no encoder here to attend to")
-    try:
+    with reading("GPT2LMHeadModel"):
         width, heads = int(raw["n_embd"]), int(raw["n_head"])
         config = GPT2Config(
             vocab_size=int(raw["vocab_size"]),
@@ -71,10 +70,6 @@ def config_from_hf(raw: Mapping[str, Any]) -> GPT2Config:
             scaled=bool(raw.get("scale_attn_weights", True)),
             scaled_by_layer=bool(raw.get("scale_attn_by_inverse_layer_idx", False)),
         )
-    except KeyError as missing:
-        raise UserError(
-            f"The model's config.json has no field {missing}; is it a complete GPT2LMHeadModel folder?"
-        ) from None
     if width % heads:
         raise UserError(f"n_embd {width} is not a multiple of n_head {heads}")
     check_activation(config.activation, "activation_function")
@@ -94,10 +89,7 @@ class Attention(nn.Module):
         fused = Projection(3 * c.width, True, self.dropout, name="c_attn")(x, keys)
         fused = fused.reshape(*x.shape[:2], 3, c.heads, c.head_dim)
         query, key, value = fused[:, :, 0], fused[:, :, 1], fused[:, :, 2]
-        if cache is not None:
-            key = jax.lax.dynamic_update_slice_in_dim(cache["key"], key, at, axis=1)
-            value = jax.lax.dynamic_update_slice_in_dim(cache["value"], value, at, axis=1)
-            cache = {"key": key, "value": value}
+        key, value, cache = remembered(cache, key, value, at)
         mixed = grouped_attention(query, key, value, mask, scale)
         return Projection(c.width, True, self.dropout, name="c_proj")(mixed, keys), cache
 

@@ -9,14 +9,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from fedjax_llm.errors import UserError
 from fedjax_llm.models.activations import activate, check_activation
-from fedjax_llm.models.family import Family, Weight
-from fedjax_llm.models.layers import LayerNorm, Projection, grouped_attention, rotary_tables, rotate, vocabulary_logits
+from fedjax_llm.models.family import Family, Weight, reading
+from fedjax_llm.models.layers import (
+    LayerNorm,
+    Projection,
+    grouped_attention,
+    remembered,
+    rotary_tables,
+    rotate,
+    vocabulary_logits,
+)
 from fedjax_llm.models.llama import rotary_frequencies
 from fedjax_llm.types import Params
 
@@ -56,7 +63,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> GPTNeoXConfig:
     Raises:
       UserError: a field is missing, or the activation, the heads or the rotary positions are not supported.
     """
-    try:
+    with reading("GPTNeoXForCausalLM"):
         width, heads = int(raw["hidden_size"]), int(raw["num_attention_heads"])
         if width % heads:
             raise UserError(f"hidden_size {width} is not a multiple of num_attention_heads {heads}")
@@ -80,10 +87,6 @@ def config_from_hf(raw: Mapping[str, Any]) -> GPTNeoXConfig:
             bias=bool(raw.get("attention_bias", True)),
             tied=bool(raw.get("tie_word_embeddings", False)),
         )
-    except KeyError as missing:
-        raise UserError(
-            f"The model's config.json has no field {missing}; is it a complete GPTNeoXForCausalLM folder?"
-        ) from None
     check_activation(config.activation, "hidden_act")
     return config
 
@@ -102,10 +105,7 @@ class Attention(nn.Module):
         fused = fused.reshape(*x.shape[:2], c.heads, 3, c.head_dim)
         query, key, value = fused[..., 0, :], fused[..., 1, :], fused[..., 2, :]
         query, key = rotate(query, tables), rotate(key, tables)
-        if cache is not None:
-            key = jax.lax.dynamic_update_slice_in_dim(cache["key"], key, at, axis=1)
-            value = jax.lax.dynamic_update_slice_in_dim(cache["value"], value, at, axis=1)
-            cache = {"key": key, "value": value}
+        key, value, cache = remembered(cache, key, value, at)
         mixed = grouped_attention(query, key, value, mask)
         return Projection(c.width, c.bias, self.dropout, name="dense")(mixed, keys), cache
 

@@ -1,6 +1,8 @@
 """Layers that the families share: projections with adapters, norms, rotary positions, grouped attention."""
 
 import zlib
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -103,6 +105,49 @@ class LayerNorm(nn.Module):
         wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
         return (wide * scale + bias).astype(x.dtype)
+
+
+class GatedMLP(nn.Module):
+    """Gated linear unit (Shazeer 2020), with the modules' names of Llama.
+
+    Attributes:
+      width: of what comes in and goes out, D.
+      mlp_width: between.
+      gated: of gate and up.
+      use_bias: of all three maps.
+      dropout: of the adapters' inputs.
+    """
+
+    width: int
+    mlp_width: int
+    gated: Callable[[Array, Array], Array]
+    use_bias: bool = False
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: Array, keys: Array | None) -> Array:
+        """[M, L, D] -> [M, L, D]."""
+        gate = Projection(self.mlp_width, self.use_bias, self.dropout, name="gate_proj")(x, keys)
+        up = Projection(self.mlp_width, self.use_bias, self.dropout, name="up_proj")(x, keys)
+        return Projection(self.width, self.use_bias, self.dropout, name="down_proj")(self.gated(gate, up), keys)
+
+
+def remembered(
+    cache: dict[str, Array] | None, key: Array, value: Array, at: Any
+) -> tuple[Array, Array, dict[str, Array] | None]:
+    """Keys and values [M, S, KV, hd] that queries may see, and the next cache.
+
+    Args:
+      cache: of what came before, ``{"key", "value"}``; ``None``: nothing did, and nothing is kept.
+      key: [M, L, KV, hd], the new ones.
+      value: as ``key``.
+      at: how many slots of the cache are filled, a scalar; not read without a cache.
+    """
+    if cache is None:
+        return key, value, None
+    key = jax.lax.dynamic_update_slice_in_dim(cache["key"], key, at, axis=1)
+    value = jax.lax.dynamic_update_slice_in_dim(cache["value"], value, at, axis=1)
+    return key, value, {"key": key, "value": value}
 
 
 def rotary_tables(positions: Array, frequencies: Array) -> tuple[Array, Array]:

@@ -6,9 +6,9 @@ and how rotary frequencies are scaled (Llama 3). Sources: Touvron et al. 2023 (a
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
@@ -17,8 +17,17 @@ import numpy as np
 from jax import Array
 
 from fedjax_llm.errors import UserError
-from fedjax_llm.models.family import Family, Weight
-from fedjax_llm.models.layers import Projection, RMSNorm, grouped_attention, rotary_tables, rotate, vocabulary_logits
+from fedjax_llm.models.family import Family, FamilyConfig, Weight, check_groups, reading
+from fedjax_llm.models.layers import (
+    GatedMLP,
+    Projection,
+    RMSNorm,
+    grouped_attention,
+    remembered,
+    rotary_tables,
+    rotate,
+    vocabulary_logits,
+)
 from fedjax_llm.types import Params
 
 
@@ -42,6 +51,38 @@ class LlamaConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     head_norm: bool = False
+
+
+class LlamaLike(FamilyConfig, Protocol):
+    """What :func:`embed`, :func:`logits`, :func:`projections` and :func:`outer_weights` read of a configuration.
+
+    The families whose files are laid out like Llama's share these functions.
+    """
+
+    @property
+    def mlp_width(self) -> int:
+        """Within the MLP."""
+        ...
+
+    @property
+    def heads(self) -> int:
+        """Of queries."""
+        ...
+
+    @property
+    def epsilon(self) -> float:
+        """Of the norms."""
+        ...
+
+    @property
+    def frequencies(self) -> tuple[float, ...]:
+        """The rotary ones."""
+        ...
+
+    @property
+    def tied(self) -> bool:
+        """Whether the embedding is the output layer too."""
+        ...
 
 
 def rotary_frequencies(head_dim: int, base: float, scaling: Mapping[str, Any] | None) -> tuple[float, ...]:
@@ -84,7 +125,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> LlamaConfig:
     """
     architecture = (raw.get("architectures") or [""])[0]
     qwen2, qwen3 = architecture.startswith("Qwen2"), architecture.startswith("Qwen3")
-    try:
+    with reading(architecture):
         width, heads = int(raw["hidden_size"]), int(raw["num_attention_heads"])
         head_dim = int(raw.get("head_dim") or width // heads)
         rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
@@ -111,10 +152,6 @@ def config_from_hf(raw: Mapping[str, Any]) -> LlamaConfig:
             mlp_bias=bool(raw.get("mlp_bias", False)),
             head_norm=qwen3,
         )
-    except KeyError as missing:
-        raise UserError(
-            f"The model's config.json has no field {missing}; is it a complete {architecture} folder?"
-        ) from None
     _check(config, raw)
     return config
 
@@ -123,10 +160,7 @@ def _check(config: LlamaConfig, raw: Mapping[str, Any]) -> None:
     """Refuses what the block below would compute wrongly."""
     if raw.get("hidden_act", "silu") != "silu":
         raise UserError(f"hidden_act {raw['hidden_act']!r} is not supported in the Llama family; supported: 'silu'")
-    if config.heads % config.kv_heads:
-        raise UserError(
-            f"num_attention_heads {config.heads} is not a multiple of num_key_value_heads {config.kv_heads}"
-        )
+    check_groups(config.heads, config.kv_heads)
     if raw.get("use_sliding_window") and raw.get("max_window_layers", config.layers) not in (0, None):
         raise UserError("use_sliding_window in a part of the layers (max_window_layers > 0) is not supported")
 
@@ -150,10 +184,7 @@ class Attention(nn.Module):
         if c.head_norm:
             query, key = RMSNorm(c.epsilon, name="q_norm")(query), RMSNorm(c.epsilon, name="k_norm")(key)
         query, key = rotate(query, tables), rotate(key, tables)
-        if cache is not None:
-            key = jax.lax.dynamic_update_slice_in_dim(cache["key"], key, at, axis=1)
-            value = jax.lax.dynamic_update_slice_in_dim(cache["value"], value, at, axis=1)
-            cache = {"key": key, "value": value}
+        key, value, cache = remembered(cache, key, value, at)
         mixed = grouped_attention(query, key, value, mask)
         return Projection(c.width, c.output_bias, self.dropout, name="o_proj")(mixed, keys), cache
 
@@ -162,21 +193,6 @@ class Attention(nn.Module):
 def gated(gate: Array, up: Array) -> Array:
     """``silu(gate) * up``, differentiated from its two inputs: jax alone keeps more, at a cost in memory and time."""
     return jax.nn.silu(gate) * up
-
-
-class MLP(nn.Module):
-    """Gated linear unit with SiLU (Shazeer 2020)."""
-
-    config: LlamaConfig
-    dropout: float
-
-    @nn.compact
-    def __call__(self, x, keys):
-        """[M, L, D] -> [M, L, D]."""
-        c = self.config
-        gate = Projection(c.mlp_width, c.mlp_bias, self.dropout, name="gate_proj")(x, keys)
-        up = Projection(c.mlp_width, c.mlp_bias, self.dropout, name="up_proj")(x, keys)
-        return Projection(c.width, c.mlp_bias, self.dropout, name="down_proj")(gated(gate, up), keys)
 
 
 class Block(nn.Module):
@@ -193,27 +209,29 @@ class Block(nn.Module):
         mixed, cache = Attention(c, self.dropout, name="self_attn")(normed, terms, mask, cache, at, dropout_keys)
         x = x + mixed
         normed = RMSNorm(c.epsilon, name="post_attention_layernorm")(x)
-        return x + MLP(c, self.dropout, name="mlp")(normed, dropout_keys), cache
+        return x + GatedMLP(c.width, c.mlp_width, gated, c.mlp_bias, self.dropout, name="mlp")(
+            normed, dropout_keys
+        ), cache
 
 
-def embed(config: LlamaConfig, params: Params, tokens: Array, positions: Array) -> tuple[Array, tuple[Array, Array]]:
+def embed(config: LlamaLike, params: Params, tokens: Array, positions: Array) -> tuple[Array, tuple[Array, Array]]:
     """Token embeddings [M, L, D], and the rotary tables of ``positions``."""
     tables = rotary_tables(positions, jnp.asarray(config.frequencies, jnp.float32))
     return params["embed_tokens"]["embedding"][tokens], tables
 
 
-def finish(config: LlamaConfig, params: Params, x: Array) -> Array:
+def finish(config: LlamaLike, params: Params, x: Array) -> Array:
     """The final norm."""
     return jnp.asarray(RMSNorm(config.epsilon).apply({"params": params["norm"]}, x))
 
 
-def logits(config: LlamaConfig, params: Params, hidden: Array) -> Array:
+def logits(config: LlamaLike, params: Params, hidden: Array) -> Array:
     """[K, D] -> [K, V] in f32."""
     table = params["embed_tokens"]["embedding"] if config.tied else params["lm_head"]["embedding"]
     return vocabulary_logits(hidden, table)
 
 
-def projections(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+def projections(config: LlamaLike) -> dict[str, tuple[int, int]]:
     """Adaptable module path within a layer -> (in, out)."""
     c, heads, kv = config, config.heads * config.head_dim, config.kv_heads * config.head_dim
     return {
@@ -227,31 +245,53 @@ def projections(config: LlamaConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def weights(config: LlamaConfig) -> Sequence[Weight]:
-    """The weight table: the Hugging Face names, with our tree mirroring them."""
+def outer_weights(config: LlamaLike) -> list[Weight]:
+    """Rows of the weight table outside of layers: the embedding, the final norm, and the output layer if not tied."""
+    size = (config.vocab_size, config.width)
     table = [
-        Weight("model.embed_tokens.weight", ("embed_tokens", "embedding"), (config.vocab_size, config.width), split=0),
+        Weight("model.embed_tokens.weight", ("embed_tokens", "embedding"), size, split=0),
         Weight("model.norm.weight", ("norm", "scale"), (config.width,)),
     ]
     if not config.tied:
-        table.append(Weight("lm_head.weight", ("lm_head", "embedding"), (config.vocab_size, config.width), split=0))
-    for module, (fan_in, fan_out) in projections(config).items():
+        table.append(Weight("lm_head.weight", ("lm_head", "embedding"), size, split=0))
+    return table
+
+
+def layer_matrices(modules: Mapping[str, tuple[int, int]], biased: Collection[str] = ()) -> list[Weight]:
+    """Rows of the weight table for the projections of a layer.
+
+    Args:
+      modules: path -> (in, out). The last of attention and of MLP (``o_proj``, ``down_proj``) are cut by their inputs.
+      biased: paths of those that have a bias.
+    """
+    table = []
+    for module, (fan_in, fan_out) in modules.items():
         name, path = f"model.layers.{{layer}}.{module}", tuple(module.split("."))
-        leaf = path[-1]
-        split = 0 if leaf in ("o_proj", "down_proj") else 1
+        split = 0 if path[-1] in ("o_proj", "down_proj") else 1
         table.append(Weight(f"{name}.weight", (*path, "kernel"), (fan_out, fan_in), transpose=True, split=split))
-        if leaf == "o_proj":
-            biased = config.output_bias
-        else:
-            biased = config.qkv_bias if path[0] == "self_attn" else config.mlp_bias
-        if biased:
+        if module in biased:
             table.append(Weight(f"{name}.bias", (*path, "bias"), (fan_out,)))
+    return table
+
+
+def layer_norms(sizes: Mapping[str, int]) -> list[Weight]:
+    """Rows of the weight table for the norms of a layer: path -> size."""
+    return [
+        Weight(f"model.layers.{{layer}}.{module}.weight", (*module.split("."), "scale"), (size,))
+        for module, size in sizes.items()
+    ]
+
+
+def weights(config: LlamaConfig) -> Sequence[Weight]:
+    """The weight table: the Hugging Face names, with our tree mirroring them."""
+    modules, switches = projections(config), {"mlp": config.mlp_bias, "self_attn": config.qkv_bias}
+    biased = {module for module in modules if switches[module.split(".")[0]]} - {"self_attn.o_proj"}
+    if config.output_bias:
+        biased.add("self_attn.o_proj")
     norms = {"input_layernorm": config.width, "post_attention_layernorm": config.width}
     if config.head_norm:
         norms |= {"self_attn.q_norm": config.head_dim, "self_attn.k_norm": config.head_dim}
-    for module, size in norms.items():
-        table.append(Weight(f"model.layers.{{layer}}.{module}.weight", (*module.split("."), "scale"), (size,)))
-    return table
+    return [*outer_weights(config), *layer_matrices(modules, biased), *layer_norms(norms)]
 
 
 FAMILY = Family(

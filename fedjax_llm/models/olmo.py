@@ -8,14 +8,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from fedjax_llm.errors import UserError
-from fedjax_llm.models.family import Family, Weight
-from fedjax_llm.models.layers import Projection, RMSNorm, grouped_attention, rotary_tables, rotate, vocabulary_logits
-from fedjax_llm.models.llama import gated, rotary_frequencies
+from fedjax_llm.models.family import Family, Weight, check_groups, reading
+from fedjax_llm.models.layers import GatedMLP, Projection, RMSNorm, grouped_attention, remembered, rotate
+from fedjax_llm.models.llama import (
+    embed,
+    gated,
+    layer_matrices,
+    layer_norms,
+    logits,
+    outer_weights,
+    projections,
+    rotary_frequencies,
+)
 from fedjax_llm.types import Params
 
 
@@ -44,7 +52,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> OlmoConfig:
     Raises:
       UserError: a field is missing, or the activation or rope scaling is not supported.
     """
-    try:
+    with reading("Olmo2ForCausalLM"):
         width, heads = int(raw["hidden_size"]), int(raw["num_attention_heads"])
         head_dim = int(raw.get("head_dim") or width // heads)
         rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
@@ -63,10 +71,6 @@ def config_from_hf(raw: Mapping[str, Any]) -> OlmoConfig:
             tied=bool(raw.get("tie_word_embeddings", False)),
             attention_bias=bool(raw.get("attention_bias", False)),
         )
-    except KeyError as missing:
-        raise UserError(
-            f"The model's config.json has no field {missing}; is it a complete Olmo2ForCausalLM folder?"
-        ) from None
     _check(config, raw)
     return config
 
@@ -77,10 +81,7 @@ def _check(config: OlmoConfig, raw: Mapping[str, Any]) -> None:
         raise UserError(f"hidden_act {raw['hidden_act']!r} is not supported in the OLMo family; supported: 'silu'")
     if raw.get("clip_qkv"):
         raise UserError("clip_qkv is set: queries, keys and values would have to be clipped, as in OLMo 1 only")
-    if config.heads % config.kv_heads:
-        raise UserError(
-            f"num_attention_heads {config.heads} is not a multiple of num_key_value_heads {config.kv_heads}"
-        )
+    check_groups(config.heads, config.kv_heads)
 
 
 def _norm(config: OlmoConfig, name: str | None = None) -> RMSNorm:
@@ -110,27 +111,9 @@ class Attention(nn.Module):
         query, key = _norm(c, "q_norm")(query), _norm(c, "k_norm")(key)
         query, key, value = (flat.reshape(*x.shape[:2], -1, c.head_dim) for flat in (query, key, value))
         query, key = rotate(query, tables), rotate(key, tables)
-        if cache is not None:
-            key = jax.lax.dynamic_update_slice_in_dim(cache["key"], key, at, axis=1)
-            value = jax.lax.dynamic_update_slice_in_dim(cache["value"], value, at, axis=1)
-            cache = {"key": key, "value": value}
+        key, value, cache = remembered(cache, key, value, at)
         mixed = grouped_attention(query, key, value, mask)
         return Projection(c.width, c.attention_bias, self.dropout, name="o_proj")(mixed, keys), cache
-
-
-class MLP(nn.Module):
-    """Gated linear unit with SiLU (Shazeer 2020)."""
-
-    config: OlmoConfig
-    dropout: float
-
-    @nn.compact
-    def __call__(self, x, keys):
-        """[M, L, D] -> [M, L, D]."""
-        c = self.config
-        gate = Projection(c.mlp_width, False, self.dropout, name="gate_proj")(x, keys)
-        up = Projection(c.mlp_width, False, self.dropout, name="up_proj")(x, keys)
-        return Projection(c.width, False, self.dropout, name="down_proj")(gated(gate, up), keys)
 
 
 class Block(nn.Module):
@@ -145,39 +128,13 @@ class Block(nn.Module):
         c = self.config
         mixed, cache = Attention(c, self.dropout, name="self_attn")(x, terms, mask, cache, at, dropout_keys)
         x = x + _norm(c, "post_attention_layernorm")(mixed)
-        moved = MLP(c, self.dropout, name="mlp")(x, dropout_keys)
+        moved = GatedMLP(c.width, c.mlp_width, gated, False, self.dropout, name="mlp")(x, dropout_keys)
         return x + _norm(c, "post_feedforward_layernorm")(moved), cache
-
-
-def embed(config: OlmoConfig, params: Params, tokens: Array, positions: Array) -> tuple[Array, tuple[Array, Array]]:
-    """Token embeddings [M, L, D], and the rotary tables of ``positions``."""
-    tables = rotary_tables(positions, jnp.asarray(config.frequencies, jnp.float32))
-    return params["embed_tokens"]["embedding"][tokens], tables
 
 
 def finish(config: OlmoConfig, params: Params, x: Array) -> Array:
     """The final norm."""
     return jnp.asarray(_norm(config).apply({"params": params["norm"]}, x))
-
-
-def logits(config: OlmoConfig, params: Params, hidden: Array) -> Array:
-    """[K, D] -> [K, V] in f32."""
-    table = params["embed_tokens"]["embedding"] if config.tied else params["lm_head"]["embedding"]
-    return vocabulary_logits(hidden, table)
-
-
-def projections(config: OlmoConfig) -> dict[str, tuple[int, int]]:
-    """Adaptable module path within a layer -> (in, out)."""
-    c, heads, kv = config, config.heads * config.head_dim, config.kv_heads * config.head_dim
-    return {
-        "self_attn.q_proj": (c.width, heads),
-        "self_attn.k_proj": (c.width, kv),
-        "self_attn.v_proj": (c.width, kv),
-        "self_attn.o_proj": (heads, c.width),
-        "mlp.gate_proj": (c.width, c.mlp_width),
-        "mlp.up_proj": (c.width, c.mlp_width),
-        "mlp.down_proj": (c.mlp_width, c.width),
-    }
 
 
 def weights(config: OlmoConfig) -> Sequence[Weight]:
@@ -186,27 +143,15 @@ def weights(config: OlmoConfig) -> Sequence[Weight]:
     Queries and keys are cut by outputs although their norm is a function of all of them: what devices have to tell each
     other for it is one sum of squares a token.
     """
-    table = [
-        Weight("model.embed_tokens.weight", ("embed_tokens", "embedding"), (config.vocab_size, config.width), split=0),
-        Weight("model.norm.weight", ("norm", "scale"), (config.width,)),
-    ]
-    if not config.tied:
-        table.append(Weight("lm_head.weight", ("lm_head", "embedding"), (config.vocab_size, config.width), split=0))
-    for module, (fan_in, fan_out) in projections(config).items():
-        name, path = f"model.layers.{{layer}}.{module}", tuple(module.split("."))
-        split = 0 if path[-1] in ("o_proj", "down_proj") else 1
-        table.append(Weight(f"{name}.weight", (*path, "kernel"), (fan_out, fan_in), transpose=True, split=split))
-        if config.attention_bias and path[0] == "self_attn":
-            table.append(Weight(f"{name}.bias", (*path, "bias"), (fan_out,)))
+    modules = projections(config)
+    biased = [module for module in modules if config.attention_bias and module.startswith("self_attn.")]
     norms = {
         "self_attn.q_norm": config.heads * config.head_dim,
         "self_attn.k_norm": config.kv_heads * config.head_dim,
         "post_attention_layernorm": config.width,
         "post_feedforward_layernorm": config.width,
     }
-    for module, size in norms.items():
-        table.append(Weight(f"model.layers.{{layer}}.{module}.weight", (*module.split("."), "scale"), (size,)))
-    return table
+    return [*outer_weights(config), *layer_matrices(modules, biased), *layer_norms(norms)]
 
 
 FAMILY = Family(

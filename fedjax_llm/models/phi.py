@@ -15,14 +15,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from fedjax_llm.errors import UserError
-from fedjax_llm.models.family import Family, Weight
-from fedjax_llm.models.layers import Projection, RMSNorm, grouped_attention, rotary_tables, rotate, vocabulary_logits
-from fedjax_llm.models.llama import gated, rotary_frequencies
+from fedjax_llm.models import llama
+from fedjax_llm.models.family import Family, Weight, check_groups, reading
+from fedjax_llm.models.layers import Projection, RMSNorm, grouped_attention, remembered, rotate
+from fedjax_llm.models.llama import (
+    finish,
+    gated,
+    layer_matrices,
+    layer_norms,
+    logits,
+    outer_weights,
+    rotary_frequencies,
+)
 from fedjax_llm.types import Params
 
 
@@ -55,7 +63,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> PhiConfig:
     Raises:
       UserError: a field is missing, or the activation or rope scaling is not supported.
     """
-    try:
+    with reading("Phi3ForCausalLM"):
         width, heads = int(raw["hidden_size"]), int(raw["num_attention_heads"])
         head_dim = int(raw.get("head_dim") or width // heads)
         frequencies, rotary_scale, context = _rotary(raw, head_dim)
@@ -74,10 +82,6 @@ def config_from_hf(raw: Mapping[str, Any]) -> PhiConfig:
             window=int(raw["sliding_window"]) if raw.get("sliding_window") else None,
             tied=bool(raw.get("tie_word_embeddings", False)),
         )
-    except KeyError as missing:
-        raise UserError(
-            f"The model's config.json has no field {missing}; is it a complete Phi3ForCausalLM folder?"
-        ) from None
     _check(config, raw)
     return config
 
@@ -105,10 +109,7 @@ def _check(config: PhiConfig, raw: Mapping[str, Any]) -> None:
     """Refuses what the block below would compute wrongly."""
     if raw.get("hidden_act", "silu") != "silu":
         raise UserError(f"hidden_act {raw['hidden_act']!r} is not supported in the Phi family; supported: 'silu'")
-    if config.heads % config.kv_heads:
-        raise UserError(
-            f"num_attention_heads {config.heads} is not a multiple of num_key_value_heads {config.kv_heads}"
-        )
+    check_groups(config.heads, config.kv_heads)
 
 
 class Attention(nn.Module):
@@ -125,10 +126,7 @@ class Attention(nn.Module):
         fused = fused.reshape(*x.shape[:2], -1, c.head_dim)
         query, key, value = jnp.split(fused, [c.heads, c.heads + c.kv_heads], axis=2)
         query, key = rotate(query, tables), rotate(key, tables)
-        if cache is not None:
-            key = jax.lax.dynamic_update_slice_in_dim(cache["key"], key, at, axis=1)
-            value = jax.lax.dynamic_update_slice_in_dim(cache["value"], value, at, axis=1)
-            cache = {"key": key, "value": value}
+        key, value, cache = remembered(cache, key, value, at)
         mixed = grouped_attention(query, key, value, mask)
         return Projection(c.width, False, self.dropout, name="o_proj")(mixed, keys), cache
 
@@ -167,20 +165,8 @@ class Block(nn.Module):
 
 def embed(config: PhiConfig, params: Params, tokens: Array, positions: Array) -> tuple[Array, tuple[Array, Array]]:
     """Token embeddings [M, L, D], and the rotary tables of ``positions``."""
-    cos, sin = rotary_tables(positions, jnp.asarray(config.frequencies, jnp.float32))
-    tables = (cos * config.rotary_scale, sin * config.rotary_scale)
-    return params["embed_tokens"]["embedding"][tokens], tables
-
-
-def finish(config: PhiConfig, params: Params, x: Array) -> Array:
-    """The final norm."""
-    return jnp.asarray(RMSNorm(config.epsilon).apply({"params": params["norm"]}, x))
-
-
-def logits(config: PhiConfig, params: Params, hidden: Array) -> Array:
-    """[K, D] -> [K, V] in f32."""
-    table = params["embed_tokens"]["embedding"] if config.tied else params["lm_head"]["embedding"]
-    return vocabulary_logits(hidden, table)
+    x, (cos, sin) = llama.embed(config, params, tokens, positions)
+    return x, (cos * config.rotary_scale, sin * config.rotary_scale)
 
 
 def projections(config: PhiConfig) -> dict[str, tuple[int, int]]:
@@ -200,20 +186,8 @@ def weights(config: PhiConfig) -> Sequence[Weight]:
     Fused projections are cut by outputs although equal parts do not end where q, k and v do, or gate and up. Devices
     then exchange what they computed, which is little beside what each would have to hold and compute: most of a layer.
     """
-    table = [
-        Weight("model.embed_tokens.weight", ("embed_tokens", "embedding"), (config.vocab_size, config.width), split=0),
-        Weight("model.norm.weight", ("norm", "scale"), (config.width,)),
-    ]
-    if not config.tied:
-        table.append(Weight("lm_head.weight", ("lm_head", "embedding"), (config.vocab_size, config.width), split=0))
-    for module, (fan_in, fan_out) in projections(config).items():
-        path = tuple(module.split("."))
-        split = 0 if path[-1] in ("o_proj", "down_proj") else 1
-        name = f"model.layers.{{layer}}.{module}.weight"
-        table.append(Weight(name, (*path, "kernel"), (fan_out, fan_in), transpose=True, split=split))
-    for norm in ("input_layernorm", "post_attention_layernorm"):
-        table.append(Weight(f"model.layers.{{layer}}.{norm}.weight", (norm, "scale"), (config.width,)))
-    return table
+    norms = dict.fromkeys(("input_layernorm", "post_attention_layernorm"), config.width)
+    return [*outer_weights(config), *layer_matrices(projections(config)), *layer_norms(norms)]
 
 
 FAMILY = Family(

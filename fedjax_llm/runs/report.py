@@ -20,6 +20,8 @@ _MEASURES = (
     ("token_accuracy", "Next-token accuracy", "higher"),
     ("choice_accuracy", "Multiple choice, four options", "higher"),
 )
+TEMPLATES = Path(__file__).parent
+"""Where the pages' parts are."""
 _UNCOVERED = " Computed on private text without noise: the guarantee does not cover it."
 _MINUS = "\N{MINUS SIGN}"
 _SETTINGS = {
@@ -58,10 +60,11 @@ def render(run: Mapping[str, Any]) -> str:
       run: ``name`` and the content of the run's files: ``config``, ``environment``, ``summary``, ``evaluation``,
         ``metrics`` (a list of lines).
     """
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
     environment.filters |= {"bytes": byte_size, "duration": duration, "percent": percent}
-    template = environment.from_string(Path(__file__).with_name("report.html").read_text("utf-8"))
-    return template.render(content(run) | {"style": style()})
+    return environment.get_template("report.html").render(content(run) | {"style": style()})
 
 
 def style() -> Markup:

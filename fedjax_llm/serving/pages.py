@@ -55,7 +55,7 @@ def run_page(run: Path, voices: Voices) -> RunPage:
     training = content["figures"] if content else []
     leaking = [picture.svg for section in (leaks[1] if leaks else ()) for picture in section.figures]
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader([Path(__file__).parent, report.TEMPLATES]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

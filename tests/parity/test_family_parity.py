@@ -83,23 +83,9 @@ def theirs_of():
 
     def model(kind: str):
         if kind not in made:
-            made[kind] = random_model(KINDS[kind])
+            made[kind] = reference.random_model(KINDS[kind])
         return made[kind]
 
-    return model
-
-
-def random_model(config: PretrainedConfig) -> torch.nn.Module:
-    config._attn_implementation = "eager"
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim == 1:
-                parameter.add_(0.3 * noise)
-            else:
-                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
     return model
 
 

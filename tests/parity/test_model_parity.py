@@ -7,7 +7,6 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     MistralConfig,
-    PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
 )
@@ -76,7 +75,7 @@ TEXTS = [
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits(kind, tmp_path):
-    theirs = random_model(KINDS[kind])
+    theirs = reference.random_model(KINDS[kind])
     theirs.save_pretrained(tmp_path)
     model, params = reference.ours_of(tmp_path)
     rng = np.random.default_rng(1)
@@ -87,7 +86,7 @@ def test_logits(kind, tmp_path):
 
 
 def test_logits_of_a_sharded_folder_in_bfloat16(tmp_path):
-    random_model(KINDS["qwen3"]).to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="20KB")
+    reference.random_model(KINDS["qwen3"]).to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     model, params = reference.ours_of(tmp_path)
@@ -95,21 +94,6 @@ def test_logits_of_a_sharded_folder_in_bfloat16(tmp_path):
     reference.assert_close(
         reference.our_logits(model, params, {}, tokens), reference.torch_logits(theirs, tokens, mask), mask
     )
-
-
-def random_model(config: PretrainedConfig) -> torch.nn.Module:
-    """A model whose norms and biases are random too, so that each of them matters."""
-    config._attn_implementation = "eager"
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim == 1:
-                parameter.add_(0.3 * noise)
-            else:
-                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
-    return model
 
 
 # The real model.
