@@ -82,7 +82,7 @@ def serve(
             sites = [desk.run, list(desk.names), desk.log]
             directory.write_bytes(folder / JOINED, packed(sites))
             desk.all_ready()
-            return _run(prepared, desk, folder, resume, console)
+            return _run(prepared, desk, folder, resume, console, progress)
 
 
 def simulate(
@@ -113,19 +113,12 @@ def simulate(
 
 
 def _run(
-    prepared: Prepared,
-    desk: Desk | None,
-    folder: Path,
-    resume: bool,
-    console: Console,
-    progress: RunProgress | None = None,
+    prepared: Prepared, desk: Desk | None, folder: Path, resume: bool, console: Console, progress: RunProgress
 ) -> dict[str, Any]:
     """The rounds and what comes after them; without a desk, here."""
     plan = prepared.plan
     assert plan is not None
-    shown = desk.progress if desk is not None else progress
-    assert shown is not None
-    show_plan(prepared, None, shown, console)
+    show_plan(prepared, None, progress, console)
 
     def validate(state: RoundState) -> Any:
         measured = prepared if desk is None else replace(prepared, hosts=desk.figures("validate", plan, state))
@@ -135,10 +128,10 @@ def _run(
     due = validate if prepared.experiment.evaluation.validation_every else None
     loop = Loop(folder, resume, CompileClock(), due, prepared.fingerprint)
     rounds = prepared if desk is None else replace(prepared, hosts=Hosts(train=desk.train))
-    ended = run_rounds(rounds, plan, loop, shown)
+    ended = run_rounds(rounds, plan, loop, progress)
     last = prepared if desk is None else replace(prepared, hosts=desk.figures("evaluate", plan, ended.state))
-    summary = finish(last, ended, folder, shown)
-    show_results(last, summary, folder, shown, console)
+    summary = finish(last, ended, folder, progress)
+    show_results(last, summary, folder, progress, console)
     return summary
 
 

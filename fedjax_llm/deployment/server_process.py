@@ -1,7 +1,6 @@
 """The server as it runs on a machine of its own: what it says of itself, its SuperLink, and a run of the job."""
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from fedjax_llm.deployment.job import load_job
 from fedjax_llm.deployment.processes import processes
 from fedjax_llm.deployment.site_process import flower_environment
 from fedjax_llm.deployment.superlink import SuperLink, start_superlink
-from fedjax_llm.deployment.trial import Trial, followed
+from fedjax_llm.deployment.trial import Trial, python_path, run_to_end
 from fedjax_llm.errors import UserError, nearest
 
 
@@ -95,20 +94,14 @@ def run_server(server: Server, console: Console, resume: bool = False) -> None:
     else:
         shutil.copyfile(server.directory, directory)
     files = ServerFiles(Path(server.root_certificate), Path(server.certificate), Path(server.private_key))
-    path = os.pathsep.join([os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = flower_environment(folder / "flwr") | {"PYTHONPATH": path}
+    environment = flower_environment(folder / "flwr") | {"PYTHONPATH": python_path()}
     with processes(folder / "logs", environment) as started:
         link = start_superlink(files, server.port, started, folder / "superlink", server.host)
         nodes = registered(link, server.sites, folder / "nodes.json")
         console.print(f"SuperLink on port {server.port}; {len(nodes)} sites may connect; logs in {started.folder}")
         federation = Trial(Path(server.job), link, started, files, folder, nodes)
-        log = started.log("run")
-        log.write_text("", "utf-8")
         rules = Rules(deadline=server.deadline, at_least=server.at_least or len(nodes))
-        _, outcome = federation.start_run(Path(server.out), rules, resume)
-        told = followed(federation, log, outcome, console)
-    if told["status"]:
-        raise UserError(f"{told['message']} (logs: {folder / 'logs'})")
+        run_to_end(federation, Path(server.out), rules, resume, console)
 
 
 def registered(link: SuperLink, sites: Mapping[str, str], kept: Path) -> dict[str, int]:

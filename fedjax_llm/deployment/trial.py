@@ -91,7 +91,7 @@ def federation(config: Path, sites: Sequence[Site], home: Path, environment: Map
     home = home.resolve()
     with tempfile.TemporaryDirectory(prefix="fedjax-") as folder:
         secrets = Path(folder)
-        own = flower_environment(secrets / "flwr") | {"PYTHONPATH": _python_path()} | dict(environment)
+        own = flower_environment(secrets / "flwr") | {"PYTHONPATH": python_path()} | dict(environment)
         files = make_server_files(secrets, ["127.0.0.1", "localhost"])
         with processes(home / "logs", own) as started:
             link = start_superlink(files, free_port(), started, secrets / "superlink")
@@ -134,14 +134,30 @@ def run_trial(config: Path, out: Path, console: Console, rules: Rules | None = N
         console.print(
             f"SuperLink on {trial.link.address} (TLS), {len(sites)} sites with keys; logs in {trial.started.folder}"
         )
-        log = trial.started.log("run")
-        log.write_text("", "utf-8")
         for site in sites:
             trial.start_site(site.name)
-        _, outcome = trial.start_run(out, rules or Rules(at_least=len(sites)), resume)
-        told = followed(trial, log, outcome, console)
+        run_to_end(trial, out, rules or Rules(at_least=len(sites)), resume, console)
+
+
+def run_to_end(trial: Trial, out: Path, rules: Rules, resume: bool, console: Console) -> None:
+    """Starts the server's run, and shows its log until it has ended.
+
+    Args:
+      trial: the federation.
+      out: the run's folder.
+      rules: of waiting for sites.
+      resume: go on with the run in that folder.
+      console: where to show progress.
+
+    Raises:
+      UserError: the run failed, or one of the processes ended before it.
+    """
+    log = trial.started.log("run")
+    log.write_text("", "utf-8")
+    _, outcome = trial.start_run(out, rules, resume)
+    told = followed(trial, log, outcome, console)
     if told["status"]:
-        raise UserError(f"{told['message']} (logs: {home / 'logs'})")
+        raise UserError(f"{told['message']} (logs: {trial.started.folder})")
 
 
 def followed(trial: Trial, log: Path, outcome: Path, console: Console | None = None) -> Mapping[str, Any]:
@@ -164,6 +180,6 @@ def followed(trial: Trial, log: Path, outcome: Path, console: Console | None = N
         time.sleep(0.5)
 
 
-def _python_path() -> str:
+def python_path() -> str:
     """The path on which processes find what this one runs."""
     return os.pathsep.join([os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -1,6 +1,8 @@
 """Who takes part in a round: by the run's key, or by a secret one under a mechanism that samples clients."""
 
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from fedjax_llm import mesh as meshes
 from fedjax_llm.federation.availability import Answers, Availability, among, answers, buffered
@@ -34,6 +36,14 @@ def answers_of(plan: RoundPlan, number: int, attempt: int = 0) -> Answers:
 def slots_of(plan: RoundPlan) -> int:
     """Slots of clients that are trained at a time."""
     return meshes.slots(plan.execution.mesh, min(plan.execution.clients_per_chunk, most_of(plan)))
+
+
+def slots_filled(plan: RoundPlan, members: np.ndarray, slots: int) -> Array:
+    """Int [C]: who is in each slot, by the places of the clients. Empty slots point past the end of all clients.
+
+    Reading from there clamps, and writing drops.
+    """
+    return jnp.asarray(np.concatenate([members, np.full(slots - len(members), len(plan.clients))]))
 
 
 def most_of(plan: RoundPlan) -> int:

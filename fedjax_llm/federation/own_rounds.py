@@ -18,10 +18,10 @@ from jax import Array
 from fedjax_llm import trees
 from fedjax_llm.errors import UserError
 from fedjax_llm.federation import release
-from fedjax_llm.federation.cohorts import answers_of, slots_of
+from fedjax_llm.federation.cohorts import answers_of, slots_filled, slots_of
 from fedjax_llm.federation.local_work import Work, at_once, learning_rates, public_denominators, weights, work_of
 from fedjax_llm.federation.plan import RoundPlan
-from fedjax_llm.federation.rounds import initial_state
+from fedjax_llm.federation.rounds import aggregated, initial_state
 from fedjax_llm.privacy import guarantee, statement
 from fedjax_llm.privacy.clipping import Clip, clip_units
 from fedjax_llm.privacy.events import Event, merge
@@ -29,7 +29,7 @@ from fedjax_llm.privacy.guarantee import Privacy
 from fedjax_llm.privacy.mechanism import Mechanism, releases
 from fedjax_llm.training import client_update
 from fedjax_llm.training.client_update import LocalState, Secrets, Trainer
-from fedjax_llm.types import Local, PyTree, RoundState, View
+from fedjax_llm.types import Local, PyTree, RoundState
 
 Loss = Callable[[PyTree, PyTree], Array]
 """``loss(params, example)``: a scalar, of one example."""
@@ -159,8 +159,7 @@ def _run_round(
     excluded: list[str] = []
     for start in range(0, len(cohort), slots):
         members = cohort[start : start + slots]
-        # Slots that stay empty point past the end: reading clamps, writing drops.
-        index = jnp.asarray(np.concatenate([members, np.full(slots - len(members), len(plan.clients))]))
+        index = slots_filled(plan, members, slots)
         chunk = _run_chunk(job, state, members, index, number)
         view = release.join(view, plan.aggregation.view, chunk.messages, chunk.updates.weights, len(members))
         kept = {name: trees.put(tree, index, chunk.kept[name]) for name, tree in kept.items()}
@@ -175,7 +174,7 @@ def _run_round(
         )
     view = release.seen(plan, view, cohort, number)
     view, privacy_state = release.noised_sum(plan, view, state.privacy_state, below_clip, number, attempt=0)
-    adapters, server_state = _aggregated(plan.aggregation.update, view, state.server_state, state.adapters)
+    adapters, server_state = aggregated(plan.aggregation.update, view, state.server_state, state.adapters)
     bound = None if plan.mechanism is None else float(release.clip_norm(plan.mechanism, state.privacy_state))
     moved = float(trees.norms(trees.repeat(trees.subtract(adapters, state.adapters), 1))[0])
     report = Report(number, losses, tuple(excluded), moved, bound, charged, job.privacy, plan.mechanism)
@@ -304,11 +303,3 @@ def _summed(loss: Loss, clip: Clip | None, data: PyTree, adapters: PyTree, now: 
 
     losses, gradients = jax.vmap(plain if clip is None else clipped)(adapters, trees.take(data, now.places), now.taken)
     return losses.astype(jnp.float32), jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradients)
-
-
-@partial(jax.jit, static_argnums=0)
-def _aggregated(
-    update: Callable[[View, PyTree, PyTree], tuple[PyTree, PyTree]], view: View, state: PyTree, adapters: PyTree
-) -> tuple[PyTree, PyTree]:
-    """The server's step."""
-    return update(view, state, adapters)

@@ -21,7 +21,7 @@ from fedjax_llm import trees
 from fedjax_llm.data.packing import pack
 from fedjax_llm.federation import effective, release, secured
 from fedjax_llm.federation.availability import Answers
-from fedjax_llm.federation.cohorts import answers_of, slots_of
+from fedjax_llm.federation.cohorts import answers_of, slots_filled, slots_of
 from fedjax_llm.federation.communication import in_vain, traffic_of
 from fedjax_llm.federation.hosts import ALONE, Hosts
 from fedjax_llm.federation.joining import Part, joined
@@ -172,8 +172,7 @@ def run_chunks(
     padded_tokens, below_clip, ideal = 0, jnp.float32(0), effective.nothing(plan, state.adapters)
     for first in range(0, len(cohort), slots):
         members = cohort[first : first + slots]
-        # Slots that stay empty point past the end: reading clamps, writing drops.
-        index = jnp.asarray(np.concatenate([members, np.full(slots - len(members), len(plan.clients))]))
+        index = slots_filled(plan, members, slots)
         chunk = _run_chunk(plan, moment, state, members, index)
         if plan.setting == "local":
             adapters = trees.put(adapters, index, chunk.adapters)
@@ -255,7 +254,7 @@ def _served(
         if isinstance(view, Sum) and moment.live is not None:  # no noise where nothing is trained
             live = {name: jnp.float32(on) for name, on in moment.live.items()}
             view = Sum(low_rank.masked(view.total, live), view.weight)
-    adapters, server_state = _aggregate(plan.aggregation.update, view, state.server_state, state.adapters)
+    adapters, server_state = aggregated(plan.aggregation.update, view, state.server_state, state.adapters)
     return {"adapters": adapters, "server_state": server_state, "privacy_state": privacy_state}
 
 
@@ -374,7 +373,12 @@ def _secrets(plan: RoundPlan, ids: Array, index: Array, number: int, attempt: in
     return Secrets(*release.site_noise(plan, ids, index, number, attempt))
 
 
-_aggregate = jax.jit(lambda update, view, state, adapters: update(view, state, adapters), static_argnums=0)
+@partial(jax.jit, static_argnums=0)
+def aggregated(
+    update: Callable[[View, PyTree, PyTree], tuple[PyTree, PyTree]], view: View, state: PyTree, adapters: PyTree
+) -> tuple[PyTree, PyTree]:
+    """The server's step, compiled: ``update(view, state, adapters)`` of an algorithm."""
+    return update(view, state, adapters)
 
 
 @jax.jit
