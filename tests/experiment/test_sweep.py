@@ -222,7 +222,7 @@ def test_runs_of_other_settings_are_refused_before_any_is_run(grid, swept, monke
 def test_the_model_is_loaded_once_and_programs_are_shared(grid, tmp_path, monkeypatch):
     loaded, sizes = [], []
     load, one = sweeping.load_model, sweeping.run
-    programs = (client_update._accumulate, client_update.step, rounds._aggregate)
+    programs = (client_update._accumulate, client_update.step, rounds.aggregated)
 
     def counted(*args, **kwargs):
         status = one(*args, **kwargs)
