@@ -47,7 +47,7 @@ RUNTIME = [
     "tyro>=1.0",
 ]
 EXTRAS = {
-    "test": ["hypothesis>=6.100", "pytest>=8.3", "pytest-xdist>=3.6", "setuptools>=77"],
+    "test": ["hypothesis>=6.100", "pytest>=8.3", "pytest-timeout>=2.4", "pytest-xdist>=3.6", "setuptools>=77"],
     "lint": ["pyrefly>=1.4", "ruff>=0.17"],
     "parity": ["peft>=0.18", "torch>=2.8"],  # the reference that `make parity` compares with
     "topology": ["libtpu>=0.0.42"],  # compiles for TPUs that are not there (`experiments.plan --topology`)

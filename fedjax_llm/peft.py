@@ -91,8 +91,8 @@ def write_adapter(
     adapters: Adapters,
     lora: Lora,
     base_model: str,
+    model: CausalLM,
     seal: Seal | None = None,
-    model: CausalLM | None = None,
 ) -> None:
     """Writes adapters as PEFT reads them: float32, for the base model's original weights.
 
@@ -103,8 +103,8 @@ def write_adapter(
       adapters: factors ``a`` [in, R] and ``b`` [R, out], not scaled.
       lora: what they were made with.
       base_model: name or path of the model that they belong to; PEFT loads it on request.
+      model: that model, whose files say what PEFT calls its modules.
       seal: encrypts the files, which PEFT then cannot read; ``None``: they are in clear.
-      model: that they belong to; ``None``: one whose layers are ``model.layers``.
 
     Raises:
       UserError: the folder cannot be written.
@@ -112,7 +112,7 @@ def write_adapter(
     """
     from safetensors.numpy import save
 
-    naming, tensors = Naming() if model is None else naming_of(model), {}
+    naming, tensors = naming_of(model), {}
     for path, factors in adapters.items():
         a, b = (np.asarray(factors[name], np.float32) for name in ("a", "b"))
         if a.ndim != 2 or b.ndim != 2 or a.shape[1] != lora.rank or b.shape[0] != lora.rank:

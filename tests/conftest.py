@@ -3,9 +3,12 @@
 No platform is forced: JAX takes an accelerator where it finds one and the CPU otherwise.
 """
 
+import gc
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -23,6 +26,19 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several worke
 hypothesis.settings.register_profile("local", deadline=None)  # the first example of a shape compiles
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+MAPPINGS = Path("/proc/self/maps")
+MOST_MAPPINGS = 16_000  # Linux gives a process 65,530; where they are used up, compiling ends it without a word
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_let_go() -> Iterator[None]:
+    """Each compiled program takes some mappings of memory, and thousands of tests compile more than there are."""
+    yield
+    if "jax" in sys.modules and MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ def model():
 def folder(tmp_path, model):
     """An adapter of rank 3 on q_proj and v_proj of both layers."""
     adapters = tiny_adapters(model, rank=3, targets=ATTENTION)
-    write_adapter(tmp_path / "adapter", adapters, Lora(rank=3, alpha=6, targets=ATTENTION), "some/model")
+    write_adapter(tmp_path / "adapter", adapters, Lora(rank=3, alpha=6, targets=ATTENTION), "some/model", model)
     return tmp_path / "adapter"
 
 
@@ -68,7 +68,7 @@ def test_round_trip_is_bit_exact(tmp_path, lora):
     model, _ = tiny_model(layers=12)
     adapters = tiny_adapters(model, rank=lora.rank, targets=lora.targets)
     adapters = {path: adapters[path] for path in lora_module.target_modules(lora, model)}
-    write_adapter(tmp_path, adapters, lora, "some/model")
+    write_adapter(tmp_path, adapters, lora, "some/model", model)
     for back, again in (read_adapter(tmp_path), read_adapter_for(tmp_path, model)):
         assert same(again, adapters)
         assert (back.rank, back.alpha, back.dropout, back.init) == (lora.rank, lora.alpha, lora.dropout, lora.init)
@@ -79,7 +79,7 @@ def test_round_trip_is_bit_exact(tmp_path, lora):
 def test_bfloat16_adapters_are_written_exactly_as_float32(tmp_path, model):
     adapters = tiny_adapters(model, rank=3, targets=ATTENTION)
     halves = {p: {n: leaf.astype(jnp.bfloat16) for n, leaf in f.items()} for p, f in adapters.items()}
-    write_adapter(tmp_path, halves, Lora(rank=3, targets=ATTENTION, dtype="bfloat16"), "m")
+    write_adapter(tmp_path, halves, Lora(rank=3, targets=ATTENTION, dtype="bfloat16"), "m", model)
     _, back = read_adapter(tmp_path)
     assert same({p: {n: leaf.astype(jnp.float32) for n, leaf in f.items()} for p, f in halves.items()}, back)
 
@@ -123,7 +123,7 @@ def test_names_and_layout_are_those_of_the_models_file(tmp_path, model):
     lora = Lora(rank=3, targets=("c_attn", "c_proj"), layers=(1,))
     adapters = tiny_adapters(tiny_gpt2(), rank=3, targets=lora.targets)
     adapters = {path: factors for path, factors in adapters.items() if path.startswith("layers.1.")}
-    write_adapter(tmp_path, adapters, lora, "gpt2", model=tiny_gpt2())
+    write_adapter(tmp_path, adapters, lora, "gpt2", tiny_gpt2())
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["fan_in_fan_out"] is True
     assert config["target_modules"] == ["attn.c_attn", "attn.c_proj", "mlp.c_proj"]
@@ -140,7 +140,7 @@ def test_names_and_layout_are_those_of_the_models_file(tmp_path, model):
 def test_an_older_adapter_is_replaced_and_other_files_stay(folder, model):
     (folder / "README.md").write_text("mine")
     newer = tiny_adapters(model, seed=9, rank=2, targets=("o_proj",))
-    write_adapter(folder, newer, Lora(rank=2, targets=("o_proj",)), "m")
+    write_adapter(folder, newer, Lora(rank=2, targets=("o_proj",)), "m", model)
     assert same(read_adapter(folder)[1], newer)
     assert (folder / "README.md").read_text() == "mine"
 
@@ -162,7 +162,7 @@ def test_an_interrupted_write_never_mixes_old_and_new(folder, model, monkeypatch
     monkeypatch.setattr(Path, "unlink", dying(Path.unlink))
     monkeypatch.setattr(Path, "replace", dying(Path.replace))
     with pytest.raises(KeyboardInterrupt):
-        write_adapter(folder, tiny_adapters(model, seed=9, targets=ATTENTION), Lora(3, targets=ATTENTION), "m")
+        write_adapter(folder, tiny_adapters(model, seed=9, targets=ATTENTION), Lora(3, targets=ATTENTION), "m", model)
     monkeypatch.undo()
     if instant == 0:
         assert same(read_adapter(folder)[1], old)
@@ -172,21 +172,22 @@ def test_an_interrupted_write_never_mixes_old_and_new(folder, model, monkeypatch
 
 def test_a_place_that_cannot_be_written(tmp_path, model):
     (tmp_path / "file").write_text("")
+    adapters = tiny_adapters(model, targets=ATTENTION)
     with pytest.raises(UserError, match=r"cannot be written to .*file"):
-        write_adapter(tmp_path / "file", tiny_adapters(model, targets=ATTENTION), Lora(3, targets=ATTENTION), "m")
+        write_adapter(tmp_path / "file", adapters, Lora(3, targets=ATTENTION), "m", model)
 
 
 def test_writing_refuses_what_the_format_cannot_say(tmp_path, model):
     adapters = tiny_adapters(model, rank=3, targets=ATTENTION)
     with pytest.raises(ValueError, match="no adapters"):
-        write_adapter(tmp_path, {}, Lora(3), "m")
+        write_adapter(tmp_path, {}, Lora(3), "m", model)
     with pytest.raises(ValueError, match="no factors of rank 4"):
-        write_adapter(tmp_path, adapters, Lora(4), "m")
+        write_adapter(tmp_path, adapters, Lora(4), "m", model)
     with pytest.raises(ValueError, match="no factors of rank 3"):
-        write_adapter(tmp_path, tiny_adapters(model, targets=ATTENTION, leading=(2,)), Lora(3), "m")
+        write_adapter(tmp_path, tiny_adapters(model, targets=ATTENTION, leading=(2,)), Lora(3), "m", model)
     adapters.pop("layers.1.self_attn.q_proj")
     with pytest.raises(ValueError, match="every layer adapts the same modules"):
-        write_adapter(tmp_path, adapters, Lora(3), "m")
+        write_adapter(tmp_path, adapters, Lora(3), "m", model)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -200,11 +201,11 @@ def test_rank_stabilised_scaling_is_kept(folder):
     assert lora.scaling == pytest.approx(6 / math.sqrt(3), rel=1e-15)
 
 
-def test_magnitudes_are_read_and_written(folder, tmp_path):
+def test_magnitudes_are_read_and_written(folder, tmp_path, model):
     lora, adapters = read_adapter(folder)
     for number, factors in enumerate(adapters.values()):
         factors["m"] = jnp.arange(factors["b"].shape[1]) + float(number)
-    write_adapter(tmp_path / "dora", adapters, replace(lora, dora=True), "some/model")
+    write_adapter(tmp_path / "dora", adapters, replace(lora, dora=True), "some/model", model)
     found, again = read_adapter(tmp_path / "dora")
     assert found.dora
     assert same(again, adapters)

@@ -200,7 +200,8 @@ def run_curious_server(
       0.
 
     Raises:
-      UserError: the folder holds results of other settings, or cannot be written; the model or the data cannot be had.
+      UserError: the folder holds results of other settings, or cannot be written; the model or the data cannot be had,
+        or the span check does not serve the model.
     """
     folder = made(folder, "attack")
     settings = {name: value for name, value in to_json(attack).items() if name not in _GRID}
@@ -209,7 +210,9 @@ def run_curious_server(
         cases = list(attack.cases())
         todo = [case for case in cases if _name(case) not in done]
         if todo:
-            base, dataset = load_model(attack.model), attack.data.load()
+            base = load_model(attack.model)
+            span_check.check_served(base.model)
+            dataset = attack.data.load()
             text = read_text(dataset, base, attack)
             settings |= {"layers": base.model.config.layers, "version": dataset.version, "kept": len(text.examples)}
             with RunProgress(0, console) as progress, progress.phase("Attacking", len(todo), "cases") as advance:

@@ -50,7 +50,7 @@ def export(
     if form == "peft":
         if tuned.kind is None or not tuned.adapters:
             raise UserError("the base model alone has no adapter to export; take --format=merged or --format=gguf")
-        peft.write_adapter(out, tuned.adapters, tuned.kind, tuned.base.name, model=tuned.base.model)
+        peft.write_adapter(out, tuned.adapters, tuned.kind, tuned.base.name, tuned.base.model)
     elif form == "gguf":
         write_gguf(merged(tuned), out, kind, advance)
     else:

@@ -171,7 +171,7 @@ def _write(prepared: Prepared, state: RoundState, folder: Path, adapters: Adapte
         products = low_rank.products(whole)
         change = {path: lora.scaling * product + moved.get(path, 0.0) for path, product in products.items()}
         lora, whole = low_rank.factored(change, lora)
-    peft.write_adapter(folder, whole, lora, prepared.base.name, encryption.seal, prepared.base.model)
+    peft.write_adapter(folder, whole, lora, prepared.base.name, prepared.base.model, encryption.seal)
 
 
 def summarise(

@@ -148,7 +148,7 @@ def passages(attack: OpenModel, base: BaseModel) -> list[Passage]:
     every += written_now(attack.letters, attack.seed)
     found = []
     for text in every:
-        tokens = base.tokenizer.encode(text.text)[:length]
+        tokens = [*base.tokenizer.opening, *base.tokenizer.encode(text.text)][:length]
         if len(tokens) == length:
             found.append(Passage(text, np.array(tokens, np.int32)))
     if not found:

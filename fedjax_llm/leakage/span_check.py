@@ -2,10 +2,11 @@
 
 Petrov et al. 2024 (arXiv 2405.15586). The gradient of the factor ``a`` [D, R] of an adapted matrix is a sum of outer
 products over the positions of the batch, ``sum_t x_t h_t'`` with ``h_t = b g_t`` [R]: all its columns lie in the span
-of the inputs ``x_t``. In layer 0 of the Llama family an input is the normalised embedding of one token, without its
-position, so the server can ask of every token of the vocabulary whether it lies in that span. Projections with the same
-input (q, k and v) can be laid side by side: with fewer distinct tokens than columns in all, the span is seen whole and
-the answer is exact. With more, only a part of the span is seen, and the inputs of the batch stand out of it.
+of the inputs ``x_t``. In layer 0 of Llama and the models like it (Gemma, Phi) an input is the normalised embedding of
+one token, without its position, so the server can ask of every token of the vocabulary whether it lies in that span.
+Projections with the same input (q, k and v) can be laid side by side: with fewer distinct tokens than columns in all,
+the span is seen whole and the answer is exact. With more, only a part of the span is seen, and the inputs of the batch
+stand out of it.
 
 Any number of steps of plain SGD, any clipping and any sum over clients keep the update within the span, since the
 embeddings are frozen; Adam, which scales every element on its own, and noise do not.
@@ -41,7 +42,7 @@ THRESHOLD = 0.01
 nearly the same embedding, some at 0.03 of another: a larger threshold finds all of them with one."""
 _SPARE = 0.1
 _CHUNK = 8192
-_SAME_INPUT = ("q_proj", "k_proj", "v_proj")
+_SAME_INPUT = ("q_proj", "k_proj", "v_proj", "qkv_proj")
 
 
 class Check(NamedTuple):
@@ -134,6 +135,22 @@ def tokens_in_span(residuals: np.ndarray, threshold: float = THRESHOLD) -> np.nd
     return np.flatnonzero(residuals < threshold)
 
 
+def check_served(model: CausalLM) -> None:
+    """Refuses models whose layer 0 does not see each token by itself, normalised, in projections of a shared input.
+
+    Raises:
+      UserError: with the model's architecture.
+    """
+    own = {weight.path[:1] for weight in model.family.weights(model.config) if "{layer}" in weight.name}
+    attention = {f"self_attn.{name}" for name in _SAME_INPUT}
+    if ("input_layernorm",) not in own or not attention & set(model.family.projections(model.config)):
+        raise UserError(
+            f"the span check does not serve {model.family.architectures[0]}: it needs a layer 0 whose "
+            f"{', '.join(_SAME_INPUT)} see the normalised embedding of one token, without its position, as in Llama, "
+            "Gemma and Phi"
+        )
+
+
 def vocabulary_inputs(model: CausalLM, params: Params) -> Array:
     """What enters the projections of layer 0 for every token of the vocabulary, [V, D]."""
     every = jnp.arange(model.config.vocab_size, dtype=jnp.int32)[:, None]
@@ -154,11 +171,14 @@ def checks_of(update: Adapters, adapters: Adapters, layer: int, *, differences: 
       ``c``) that are conclusive, one a module. Without any, the inconclusive one of ``a`` if it is not zero.
 
     Raises:
-      UserError: the layer has no adapted q, k or v.
+      UserError: the layer has no adapted q, k or v (or all of them as one).
     """
     paths = [f"layers.{layer}.self_attn.{name}" for name in _SAME_INPUT if f"layers.{layer}.self_attn.{name}" in update]
     if not paths:
-        raise UserError(f"layer {layer} has no adapters on q_proj, k_proj or v_proj: their updates are what is checked")
+        raise UserError(
+            f"layer {layer} has no adapters on {', '.join(_SAME_INPUT[:-1])} or {_SAME_INPUT[-1]}: their updates are "
+            "what is checked"
+        )
 
     def floor(start: Sequence[Array]) -> float:
         return rounding_floor(np.concatenate(start, axis=1)) if differences else 0.0
@@ -207,7 +227,7 @@ def recover_tokens(
     """Which tokens of the vocabulary the batch held, by the update of layer 0.
 
     Args:
-      model: the frozen model, of the Llama family.
+      model: the frozen model; its attention sees normalised hidden states (:func:`check_served`).
       params: its weights.
       adapters: what the clients started from, all factors.
       update: of the trained factors.
@@ -215,9 +235,10 @@ def recover_tokens(
       differences: see :func:`checks_of`.
 
     Raises:
-      UserError: layer 0 has no adapters. What enters a higher layer depends on all tokens before, so that single tokens
-        cannot be checked.
+      UserError: the model is of another kind; or layer 0 has no adapters. What enters a higher layer depends on all
+        tokens before, so that single tokens cannot be checked.
     """
+    check_served(model)
     lowest = lowest_adapted(update)
     if lowest:
         raise UserError(
@@ -252,7 +273,7 @@ def recover_sentences(
     extension is a sequence. The last token of a training example is only ever a target and so is never found.
 
     Args:
-      model: the frozen model, of the Llama family.
+      model: the frozen model; its attention sees normalised hidden states (:func:`check_served`).
       params: its weights.
       adapters: what the clients started from, all factors.
       scaling: alpha / rank.

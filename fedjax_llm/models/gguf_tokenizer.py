@@ -72,11 +72,10 @@ def _common(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
             kind = _NORMAL
         tokens.append(token)
         kinds.append(kind)
-    begins = tokenizer.bos_id is not None and backend.encode("a").ids[:1] == [tokenizer.bos_id]
     names = {"eos": tokenizer.eos_id, "bos": tokenizer.bos_id, "padding": tokenizer.pad_id}
     # Two more ends of a turn have a place in the format; where there are both, the higher id is the end of a turn.
     names |= dict(zip(("eot", "eom"), sorted(tokenizer.end_ids - {tokenizer.eos_id}, reverse=True), strict=False))
-    found = {"tokens": tokens, "token_type": kinds, "add_bos_token": begins}
+    found = {"tokens": tokens, "token_type": kinds, "add_bos_token": bool(tokenizer.opening)}
     found |= {f"{name}_token_id": index for name, index in names.items() if index is not None}
     template = {} if tokenizer.chat_template is None else {"tokenizer.chat_template": tokenizer.chat_template}
     return {f"tokenizer.ggml.{name}": value for name, value in found.items()} | template

@@ -86,6 +86,12 @@ class Tokenizer:
         """The number of tokens, special ones included. The model's embedding may have more rows."""
         return self.backend.get_vocab_size()
 
+    @property
+    def opening(self) -> tuple[int, ...]:
+        """What the model expects before a text that is no chat: its beginning-of-text token, or nothing."""
+        first = self.backend.encode("a").ids[:1]
+        return (self.bos_id,) if self.bos_id is not None and first == [self.bos_id] else ()
+
     def encode(self, text: str) -> list[int]:
         """Token ids. Special tokens that stand in the text become one id each; none are added."""
         return self.backend.encode(text, add_special_tokens=False).ids

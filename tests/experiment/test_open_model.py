@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import optax
 import pytest
+import tokenizers
 from rich.console import Console
 from tiny import tiny_base
 
@@ -123,6 +124,15 @@ def test_an_untrained_model_knows_nothing(tmp_path):
     assert {one["best_sample"] for one in found["texts"]} == {None}
     assert "No verbatim memorisation was found." in seen
     assert rows(found["texts"])[0][3] == "-"
+
+
+def test_texts_begin_as_the_model_expects(base):
+    begun = tokenizers.Tokenizer.from_str(base.tokenizer.backend.to_str())
+    begun.post_processor = tokenizers.processors.TemplateProcessing("<|im_start|> $A", None, [("<|im_start|>", 1)])
+    tokenizer = replace(base.tokenizer, backend=begun, bos_id=1)
+    assert (base.tokenizer.opening, tokenizer.opening) == ((), (1,))
+    for plain, own in zip(passages(ATTACK, base), passages(ATTACK, replace(base, tokenizer=tokenizer)), strict=True):
+        assert own.tokens.tolist() == [1, *plain.tokens[:-1].tolist()]
 
 
 def test_controls_are_of_their_texts_and_as_long(base):

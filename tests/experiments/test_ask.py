@@ -29,7 +29,8 @@ def run(tmp_path, model_folder):
     config = {"model": {"name": str(model_folder), "dtype": "float32"}, "data": {"system": "Be brief."}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     base = load(str(model_folder))
-    peft.write_adapter(tmp_path / "adapter", tiny_adapters(base.model, targets=KIND.targets), KIND, base.name)
+    adapters = tiny_adapters(base.model, targets=KIND.targets)
+    peft.write_adapter(tmp_path / "adapter", adapters, KIND, base.name, base.model)
     return tmp_path
 
 

@@ -49,8 +49,9 @@ def made_run(base, folder, key=None):
         "output": {"encryption": None if key is None else {"key_file": str(key)}},
     }
     run = directory.create(folder, config)
-    adapters = tiny_adapters(load(str(base / "model")).model, targets=KIND.targets)
-    peft.write_adapter(run / "adapter", adapters, KIND, "tiny", encryption.seal)
+    model = load(str(base / "model")).model
+    adapters = tiny_adapters(model, targets=KIND.targets)
+    peft.write_adapter(run / "adapter", adapters, KIND, "tiny", model, encryption.seal)
     return run
 
 

@@ -28,7 +28,8 @@ def run(tmp_path):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     base = load(str(model))
-    peft.write_adapter(folder / "adapter", tiny_adapters(base.model, targets=KIND.targets), KIND, base.name)
+    adapters = tiny_adapters(base.model, targets=KIND.targets)
+    peft.write_adapter(folder / "adapter", adapters, KIND, base.name, base.model)
     return folder
 
 

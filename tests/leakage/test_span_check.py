@@ -14,6 +14,7 @@ from fedjax_llm.leakage import span_check
 from fedjax_llm.leakage.inversion import Batch, relaxed_gradient
 from fedjax_llm.leakage.recovery import matched_rouge, rouge, token_recovery
 from fedjax_llm.types import Adapters
+from tests.models.tiny_configs import TINY_CONFIGS, tiny_of
 from tests.tiny import tiny_adapters, tiny_model
 
 VOCABULARY = 97
@@ -122,6 +123,30 @@ def test_noise_destroys_it():
     found = found_in(noised, adapters)
     assert found.verdict == "saturated"
     assert not len(found.tokens)
+
+
+@pytest.mark.parametrize("architecture", ["GPTNeoXForCausalLM", "GPT2LMHeadModel", "Olmo2ForCausalLM"])
+def test_models_whose_first_layer_sees_something_else_are_refused(architecture: str):
+    model, params = tiny_of(TINY_CONFIGS[architecture])
+    with pytest.raises(UserError, match=f"does not serve {architecture}"):
+        span_check.recover_tokens(model, params, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("architecture", "targets"), [("Gemma3ForCausalLM", ("q_proj", "v_proj")), ("Phi3ForCausalLM", ("qkv_proj",))]
+)
+def test_families_like_llama_are_read(architecture: str, targets: tuple[str, ...]):
+    model, params = tiny_of(TINY_CONFIGS[architecture])
+    adapters = tiny_adapters(model, rank=16, targets=targets)
+    rows = rows_of(5, 1, 8)
+    weights = jnp.asarray(Batch((8,), (1,)).weights())
+    update = COMPILED(model, params, SCALING, adapters, {}, jax.nn.one_hot(rows, VOCABULARY), weights)
+    found = span_check.recover_tokens(model, params, adapters, update, differences=False)
+    assert found.tokens.tolist() == sorted(rows[0, :-1].tolist())
+    read = span_check.recover_sentences(
+        model, params, adapters, SCALING, update, found.tokens, length=8, differences=False, threshold=1e-3
+    )
+    assert tuple(rows[0, :-1].tolist()) in read
 
 
 @pytest.mark.parametrize("clients", [2, 4])

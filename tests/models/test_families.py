@@ -116,7 +116,7 @@ def test_the_document_names_every_architecture_and_every_module():
 def test_adapters_are_written_and_read_again(name, tmp_path):
     model, _ = built(name)
     adapters, kind = adapters_of(model), Lora(rank=3, targets=everything(model))
-    write_adapter(tmp_path, adapters, kind, "some/model", model=model)
+    write_adapter(tmp_path, adapters, kind, "some/model", model)
     found, again = read_adapter_for(tmp_path, model)
     assert same(again, adapters)
     assert lora.target_modules(found, model) == lora.target_modules(kind, model)

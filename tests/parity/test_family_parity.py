@@ -147,7 +147,7 @@ def test_peft_loads_what_we_write_and_we_what_it_writes(kind, theirs_of, tmp_pat
     model, params = reference.ours_of(folder)
     lora = Lora(rank=3, alpha=1.5, targets=("*_proj",))
     adapters = tiny_adapters(model, rank=3)
-    write_adapter(tmp_path / "ours", adapters, lora, str(folder))
+    write_adapter(tmp_path / "ours", adapters, lora, str(folder), model)
     theirs = peft.PeftModel.from_pretrained(in_torch(folder), tmp_path / "ours").eval()
     assert sum(".lora_A." in name for name, _ in theirs.named_parameters()) == len(adapters)
     tokens, mask = some_tokens()

@@ -122,7 +122,7 @@ def assert_same_logits(theirs, model, params, lora, adapters):
 def test_peft_loads_what_we_write(pair, lora, tmp_path):
     theirs, model, params = pair
     adapters = drawn(model, lora)
-    write_adapter(tmp_path / "adapter", adapters, lora, str(tmp_path / "model"), model=model)
+    write_adapter(tmp_path / "adapter", adapters, lora, str(tmp_path / "model"), model)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "fan_in_fan_out")  # where it does not fit the modules
         wrapped = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()

@@ -60,9 +60,8 @@ def places(tmp_path_factory):
     tiny_folder(
         folder / "model", model_type="llama", num_hidden_layers=1, bos_token_id=None, eos_token_id=2, pad_token_id=2
     )
-    write_adapter(
-        folder / "adapter", tiny_adapters(load(str(folder / "model")).model, targets=KIND.targets), KIND, "tiny"
-    )
+    model = load(str(folder / "model")).model
+    write_adapter(folder / "adapter", tiny_adapters(model, targets=KIND.targets), KIND, "tiny", model)
     rng = np.random.default_rng(0)
     words = ["heart", "lung", "tumour", "gene", "fever", "renal", "naïve", "12 mg", "Übelkeit"]
 

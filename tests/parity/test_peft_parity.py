@@ -59,7 +59,7 @@ def test_peft_loads_what_we_write(tiny, tmp_path, lora):
         rng = np.random.default_rng(2)
         for factors in adapters.values():
             factors["m"] = jnp.asarray(rng.uniform(0.5, 2.0, factors["b"].shape[-1]), jnp.float32)
-    write_adapter(tmp_path / "adapter", adapters, lora, str(folder))
+    write_adapter(tmp_path / "adapter", adapters, lora, str(folder), model)
     theirs = peft.PeftModel.from_pretrained(in_torch(folder), tmp_path / "adapter").eval()
     assert {name.count(".lora_A.") for name, _ in theirs.named_parameters()} == {0, 1}
     assert sum(".lora_A." in name for name, _ in theirs.named_parameters()) == len(adapters)
@@ -105,7 +105,7 @@ def test_smollm2_with_an_adapter(smollm2, smollm2_in_torch, medical_chats, tmp_p
         path: {"a": factors["a"], "b": rng.normal(0, 0.01, factors["b"].shape).astype(np.float32)}
         for path, factors in adapters.items()
     }
-    write_adapter(tmp_path, adapters, lora, base.name)
+    write_adapter(tmp_path, adapters, lora, base.name, base.model)
     theirs = peft.PeftModel.from_pretrained(smollm2_in_torch, tmp_path).eval()
     tokens, mask = reference.padded(medical_chats)
     scaled = lora_module.scaled(adapters, lora.scaling)
