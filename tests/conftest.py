@@ -3,12 +3,9 @@
 No platform is forced: JAX takes an accelerator where it finds one and the CPU otherwise.
 """
 
-import gc
 import importlib.util
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import hypothesis
 import pytest
@@ -28,17 +25,13 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, prin
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
-MAPPINGS = Path("/proc/self/maps")
-MOST_MAPPINGS = 16_000  # Linux gives a process 65,530; where they are used up, compiling ends it without a word
-
-
 @pytest.fixture(autouse=True, scope="module")
-def programs_let_go() -> Iterator[None]:
-    """Each compiled program takes some mappings of memory, and thousands of tests compile more than there are."""
+def room_for_programs() -> Iterator[None]:
+    """Thousands of tests compile more programs than a process may hold."""
     yield
-    if "jax" in sys.modules and MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
-        sys.modules["jax"].clear_caches()
-        gc.collect()
+    from fedjax_llm.experiment.memory import make_room_for_programs
+
+    make_room_for_programs()
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ class Talk:
 
     def __init__(self, program: Callable[[Exchange], Any], index: int) -> None:
         self._said: queue.Queue[tuple[str, Any]] = queue.Queue()
-        self._heard: queue.Queue[Sequence[bytes]] = queue.Queue()
+        self._heard: queue.Queue[Sequence[bytes] | None] = queue.Queue()
         self._index, self.step = index, 0
         self._next: tuple[str, Any] | None = None
         threading.Thread(target=self._run, args=(program,), daemon=True).start()
@@ -58,6 +58,10 @@ class Talk:
         assert kind == "ended"
         return value
 
+    def end(self) -> None:
+        """Ends a program that waits for an exchange, so that nothing of it is kept."""
+        self._heard.put(None)
+
     def _current(self) -> tuple[str, Any]:
         """What the program says or came to; waits for it."""
         if self._next is None:
@@ -72,6 +76,13 @@ class Talk:
             self._said.put(("failed", error))
 
     def _exchange(self, data: bytes) -> Sequence[bytes]:
-        """Waits for what all said."""
+        """Waits for what all said.
+
+        Raises:
+          UserError: the program was ended meanwhile.
+        """
         self._said.put(("says", data))
-        return self._heard.get()
+        heard = self._heard.get()
+        if heard is None:
+            raise UserError("the exchange was given up")
+        return heard

@@ -28,6 +28,7 @@ from fedjax_llm.deployment.site_secure import SecureSite
 from fedjax_llm.deployment.talk import Exchange, Talk
 from fedjax_llm.errors import UserError
 from fedjax_llm.experiment import finish
+from fedjax_llm.experiment.memory import make_room_for_programs
 from fedjax_llm.experiment.prepare import Load, Prepared, prepare
 from fedjax_llm.experiment.training_loop import Ended
 from fedjax_llm.federation.apart import train_client
@@ -109,18 +110,26 @@ class Worker:
         if self.site.name not in sites:
             raise UserError(f"the run is without site {self.site.name!r}")
         if self._talk is None or self._run != (run, sites) or len(log) < self._talk.step:
+            self._give_up()
+            make_room_for_programs()
             self._run, self._prepared = (run, sites), None
             place = sites.index(self.site.name)
             self._talk = Talk(lambda exchange: self._ready(run, sites, place, exchange), place + 1)
         try:
             says = self._talk.go_on(log)
         except UserError:
-            self._talk = None
+            self._give_up()
             raise
         if says is not None:
             return Said("says", {"data": says})
         self._prepared = self._talk.result()
         return Said("ready")
+
+    def _give_up(self) -> None:
+        """Leaves a preparation that is not gone on with."""
+        if self._talk is not None:
+            self._talk.end()
+        self._talk = None
 
     def _ready(self, run: str, sites: tuple[str, ...], place: int, exchange: Exchange) -> Prepared:
         """The run as this site sees it: its own text, and numbers of the others'."""

@@ -1,5 +1,7 @@
 """A program that is asked from time to time says the same as one that is let run; and a replay is checked."""
 
+import threading
+
 import pytest
 
 from fedjax_llm.deployment.talk import Talk
@@ -39,6 +41,24 @@ def test_a_log_in_which_it_said_something_else_is_refused():
     talk = Talk(counting(3), 1)
     with pytest.raises(UserError, match="not those with which it joined"):
         talk.go_on([[b"x", b"other"]])
+
+
+def test_one_that_is_given_up_ends():
+    ended = threading.Event()
+
+    def program(exchange):
+        try:
+            exchange(b"a")
+        finally:
+            ended.set()
+
+    talk = Talk(program, 0)
+    assert talk.go_on([]) == b"a"
+    assert not ended.is_set()
+    talk.end()
+    assert ended.wait(20)
+    with pytest.raises(UserError, match="given up"):
+        talk.go_on([[b"a"]])
 
 
 def test_what_the_program_raises_comes_out():

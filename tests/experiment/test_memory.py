@@ -3,7 +3,11 @@
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
+
+from fedjax_llm.experiment import memory
 
 _PROGRAM = """
 import resource
@@ -35,3 +39,16 @@ def test_a_second_array_takes_no_new_pages():
         pytest.skip("this C library has no mallopt")
     _, otherwise = run(keep=False)
     assert faults < 100 < otherwise
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_programs_are_let_go_where_they_take_too_many_mappings(monkeypatch, tmp_path):
+    function = jax.jit(lambda x: x + 1)
+    function(jnp.ones(3))
+    assert not memory.make_room_for_programs(1.0)
+    assert function._cache_size() == 1
+    assert memory.make_room_for_programs(0.0)
+    assert function._cache_size() == 0
+    assert function(jnp.ones(3)).tolist() == [2, 2, 2]
+    monkeypatch.setattr(memory, "_MOST_MAPPINGS", tmp_path / "absent")
+    assert not memory.make_room_for_programs(0.0)
