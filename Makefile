@@ -12,7 +12,7 @@ PEERS = .venv-peers
 # Two workers: each loads jax (~0.5 GB) and compiles on its own, and XLA's own threads take the cores beyond that.
 # loadfile keeps a file's tests together, so that its module fixtures and compilations are made once.
 PYTEST = $(VENV)/bin/python -m pytest
-WORKERS = -n 2 --dist loadfile
+WORKERS = -n 2 --dist loadfile --max-worker-restart=0
 CONFIG = configs/quickstart.py
 VERSIONS = 3.12 3.13
 CANDIDATES = python3.13 python3.12 python3.11 python3.14 python3 python
