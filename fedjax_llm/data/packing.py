@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fedjax_llm.data.records import EncodedExample
+from fedjax_llm.data.shared_rows import SharedRow, shared_rows, target_count
 
 _MULTIPLE = 8
 """Row lengths are multiples of this: a vector register's width, and fewer distinct shapes."""
@@ -61,8 +62,8 @@ class Microbatch:
       index: int32 [M], the row's place in its step's batch.
       unit: int32 [M], the number within its bin of the privacy unit that the row belongs to; padding rows have the last
         number of a bin of so many rows, which no unit has where there is padding.
-      examples: what each of the first rows holds, with an empty example where a bin before the last is not full; the
-        rest are padding.
+      rows: what each of the first rows holds, with an empty example where a bin before the last is not full; the rest
+        are padding.
       target_row: int32 [K], the row of a target slot, within its bin.
       target_position: int32 [K], the position whose hidden state predicts it.
       target_token: int32 [K].
@@ -70,7 +71,10 @@ class Microbatch:
       finished: bool [C], clients whose step is complete with this microbatch.
       denominator: f32 [C], what a finished step's summed gradient is divided by; 1 elsewhere.
       finished_step: int32 [C], which step that was; 0 elsewhere.
-      real_tokens: how many tokens are not padding.
+      real_tokens: of all examples; what several begin with counts for each.
+      position: int32 [M, L], the position of each token in its example; ``None``: that in the row.
+      branch: int32 [M, L], 0 for what a row's examples share, else the example's number in the row, and -1 in padding;
+        ``None``: every row has one example.
     """
 
     tokens: np.ndarray
@@ -78,7 +82,7 @@ class Microbatch:
     step: np.ndarray
     index: np.ndarray
     unit: np.ndarray
-    examples: tuple[EncodedExample, ...]
+    rows: tuple[SharedRow, ...]
     target_row: np.ndarray
     target_position: np.ndarray
     target_token: np.ndarray
@@ -87,6 +91,13 @@ class Microbatch:
     denominator: np.ndarray
     finished_step: np.ndarray
     real_tokens: int
+    position: np.ndarray | None = None
+    branch: np.ndarray | None = None
+
+    @property
+    def examples(self) -> tuple[EncodedExample, ...]:
+        """Of all rows, one after the other."""
+        return tuple(example for row in self.rows for example in row.examples)
 
 
 Unit = EncodedExample | tuple[EncodedExample, ...]
@@ -96,40 +107,31 @@ _NOTHING = EncodedExample("", np.zeros(1, np.int32), 1)
 
 
 class _Group(NamedTuple):
-    """The rows of one unit in one step of a client, waiting to be packed into one microbatch."""
+    """Rows of a client's step that wait to be packed into one microbatch: those of a unit, or one that units share."""
 
     client: int
     step: int
     index: int
-    examples: tuple[EncodedExample, ...]
+    rows: tuple[SharedRow, ...]
+    unit_size: int = 1
 
     @property
     def length(self) -> int:
         """Of its longest row."""
-        return max(len(example.tokens) for example in self.examples)
+        return max(row.length for row in self.rows)
 
 
 class _Row(NamedTuple):
-    """A row of a bin: its example, the unit's number in the bin, the unit, and the example's place in it."""
+    """A row of a bin: what it holds, the unit's number in the bin, the unit, and the row's place in it."""
 
-    example: EncodedExample
+    held: SharedRow
     number: int
     group: _Group
     place: int
 
 
-def target_count(example: EncodedExample) -> int:
-    """How many of an example's tokens are predicted: all of the answer, but never the first token of all.
-
-    Examples:
-      >>> [target_count(EncodedExample("r1", np.arange(9), prompt_length)) for prompt_length in (5, 0)]
-      [4, 8]
-    """
-    return len(example.tokens) - max(example.prompt_length, 1)
-
-
 def choose_shapes(
-    examples: Sequence[EncodedExample],
+    examples: Sequence[EncodedExample | SharedRow],
     *,
     tokens_per_microbatch: int,
     buckets: int,
@@ -139,7 +141,7 @@ def choose_shapes(
     """A few shapes, cut from the data's own lengths so that padding is least.
 
     Args:
-      examples: those that may have to be packed; the longest of them must fit.
+      examples: those that may have to be packed, or rows of them; the longest must fit.
       tokens_per_microbatch: M * L of every shape, about, in each bin; it bounds the memory of a training step.
       buckets: how many shapes at most. Each one is compiled once.
       rows_of_unit: how many rows must fit together, whatever the memory.
@@ -153,8 +155,9 @@ def choose_shapes(
       >>> [(shape.rows, shape.length) for shape in choose_shapes(texts, tokens_per_microbatch=256, buckets=2)]
       [(11, 24), (2, 104)]
     """
-    lengths = np.array([_round_up(len(example.tokens)) for example in examples])
-    targets = np.array([target_count(example) for example in examples])
+    likely = [one if isinstance(one, SharedRow) else SharedRow((one,)) for one in examples]
+    lengths = np.array([_round_up(row.length) for row in likely])
+    targets = np.array([row.targets for row in likely])
     edges = _least_padding(lengths, buckets)
     shapes, shorter = [], 0
     for edge in edges:
@@ -199,6 +202,7 @@ def pack(
     per_token: bool = False,
     denominators: Sequence[float] | None = None,
     bins: Bins = ONE_BIN,
+    share: int = 0,
 ) -> Iterator[Microbatch]:
     """Packs every example of every step of every client, each exactly once.
 
@@ -212,6 +216,7 @@ def pack(
         alike (mean over an example's tokens, divide by the step's examples).
       denominators: what the summed gradients of each client's steps are divided by, in place of the realised batch.
       bins: of every microbatch; shapes and slots are multiples of them.
+      share: tokens of a row in which several examples of a step may stand, where each is a unit; 0: none do.
 
     Yields:
       Microbatches, in the order in which they must be run.
@@ -222,12 +227,9 @@ def pack(
 
     def open_step(client: int, step: int) -> None:
         if step < len(work[client]):
-            index = 0
-            for unit in work[client][step] or (_NOTHING,):
-                group = _Group(client, step, index, unit if isinstance(unit, tuple) else (unit,))
-                waiting[client * bins.groups // clients].append(group)
-                index += len(group.examples)
-            left[client], opened[client] = max(len(work[client][step]), 1), step
+            groups = _groups(client, step, work[client][step] or (_NOTHING,), share)
+            waiting[client * bins.groups // clients] += groups
+            left[client], opened[client] = len(groups), step
 
     for client in range(len(work)):
         open_step(client, 0)
@@ -242,9 +244,23 @@ def pack(
             divide = {c: _denominator(work[c][int(opened[c])], per_token) for c in done}
         else:
             divide = {c: denominators[c] for c in done}
-        yield _assemble(chosen, shape, clients, per_token, divide, {c: int(opened[c]) for c in done})
+        steps = {c: int(opened[c]) for c in done}
+        yield _assemble(chosen, shape, clients, per_token, divide, steps, share > 0)
         for client in done:
             open_step(client, int(opened[client]) + 1)
+
+
+def _groups(client: int, step: int, units: Sequence[Unit], share: int) -> list[_Group]:
+    """What of a step must stay together: units, or shared rows of examples that are units."""
+    alone = [unit for unit in units if isinstance(unit, EncodedExample)]
+    if share and len(alone) == len(units):
+        return [_Group(client, step, place, (row,)) for place, row in enumerate(shared_rows(alone, share))]
+    found, index = [], 0
+    for unit in units:
+        own = unit if isinstance(unit, tuple) else (unit,)
+        found.append(_Group(client, step, index, tuple(SharedRow((one,)) for one in own), len(own)))
+        index += len(own)
+    return found
 
 
 def _denominator(units: Sequence[Unit], per_token: bool) -> float:
@@ -265,7 +281,7 @@ def _next_groups(
     def filled(option: tuple[Shape, list[list[_Group]]]) -> float:
         shape, parts = option
         groups = itertools.chain(*parts)
-        return sum(len(one.tokens) for group in groups for one in group.examples) / (shape.rows * shape.length)
+        return sum(row.length for group in groups for row in group.rows) / (shape.rows * shape.length)
 
     options = [(shape, [one for part in ordered for one in _fill(part, shape, bins)]) for shape in shapes]
     shape, chosen = max(options, key=filled)
@@ -279,12 +295,12 @@ def _fill(ordered: Sequence[_Group], shape: Shape, bins: Bins) -> list[list[_Gro
     slots = [shape.targets // bins.count] * bins.each
     rows = [shape.rows // bins.count] * bins.each
     for group in ordered:
-        wanted = sum(map(target_count, group.examples))
+        wanted = sum(row.targets for row in group.rows)
         for place in range(bins.each):
-            if len(group.examples) <= rows[place] and group.length <= shape.length and wanted <= slots[place]:
+            if len(group.rows) <= rows[place] and group.length <= shape.length and wanted <= slots[place]:
                 chosen[place].append(group)
                 slots[place] -= wanted
-                rows[place] -= len(group.examples)
+                rows[place] -= len(group.rows)
                 break
     return chosen
 
@@ -296,50 +312,57 @@ def _assemble(
     per_token: bool,
     denominators: dict[int, float],
     steps: dict[int, int],
+    shared: bool,
 ) -> Microbatch:
     """Lays rows out as arrays, bin after bin."""
     bins = len(chosen)
     filled = [[_Row(one, number, group, place) for number, group in enumerate(groups)
-               for place, one in enumerate(group.examples)] for groups in chosen]  # fmt: skip
+               for place, one in enumerate(group.rows)] for groups in chosen]  # fmt: skip
     size = Shape(shape.rows // bins, shape.length, shape.targets // bins)
     parts = [_lay_out(rows, size, per_token) for rows in filled]
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    if not shared:
+        del arrays["position"], arrays["branch"]
     finished, denominator = np.zeros(clients, bool), np.ones(clients, np.float32)
     finished_step = np.zeros(clients, np.int32)
     for c, value in denominators.items():
         finished[c], denominator[c], finished_step[c] = True, value, steps[c]
-    examples: list[EncodedExample] = []
+    held: list[SharedRow] = []
     for place, rows in enumerate(filled):  # nothing where the bins before end early
-        examples += [_NOTHING] * (place * size.rows - len(examples)) + [row.example for row in rows]
+        held += [SharedRow((_NOTHING,))] * (place * size.rows - len(held)) + [row.held for row in rows]
     return Microbatch(
         **arrays,
-        examples=tuple(examples),
+        rows=tuple(held),
         finished=finished,
         denominator=denominator,
         finished_step=finished_step,
-        real_tokens=sum(len(example.tokens) for example in examples if example is not _NOTHING),
+        real_tokens=sum(len(one.tokens) for row in held for one in row.examples if one is not _NOTHING),
     )
 
 
 def _lay_out(rows: Sequence[_Row], shape: Shape, per_token: bool) -> dict[str, np.ndarray]:
     """The arrays of one bin."""
     tokens = np.zeros((shape.rows, shape.length), np.int32)
+    at, branch = np.zeros_like(tokens), np.full_like(tokens, -1)
     client, step, index = (np.zeros(shape.rows, np.int32) for _ in range(3))
     unit = np.full(shape.rows, shape.rows - 1, np.int32)
     target_row, position, token = (np.zeros(shape.targets, np.int32) for _ in range(3))
     weight = np.zeros(shape.targets, np.float32)
     slot = 0
-    for m, (example, number, group, place) in enumerate(rows):
-        count = target_count(example)
-        tokens[m, : len(example.tokens)] = example.tokens
+    for m, (held, number, group, place) in enumerate(rows):
         client[m], step[m], index[m], unit[m] = group.client, group.step, group.index + place, number
-        taken = slice(slot, slot + count)
-        first = len(example.tokens) - count
-        target_row[taken], token[taken] = m, example.tokens[first:]
-        position[taken] = np.arange(first - 1, len(example.tokens) - 1)
-        weight[taken] = 1.0 if per_token else 1.0 / (max(count, 1) * len(group.examples))
-        slot += count
+        for branching, (example, right) in enumerate(held.placed()):
+            count, length = target_count(example), len(example.tokens)
+            own = slice(right + (held.shared if branching else 0), right + length)
+            tokens[m, own] = example.tokens[own.start - right :]
+            at[m, own], branch[m, own] = np.arange(own.start - right, length), branching + 1
+            taken = slice(slot, slot + count)
+            target_row[taken], token[taken] = m, example.tokens[length - count :]
+            position[taken] = np.arange(length - count - 1, length - 1) + right
+            weight[taken] = 1.0 if per_token else 1.0 / (max(count, 1) * group.unit_size)
+            slot += count
+        branch[m, : held.shared] = 0
     return {
         "tokens": tokens, "client": client, "step": step, "index": index, "unit": unit, "target_row": target_row,
-        "target_position": position, "target_token": token, "target_weight": weight,
+        "target_position": position, "target_token": token, "target_weight": weight, "position": at, "branch": branch,
     }  # fmt: skip

@@ -84,17 +84,18 @@ def job_hash(job: Experiment) -> str:
     return config_hash(to_json(job), MAY_CHANGE)
 
 
-def fixed_shapes(experiment: Experiment, rows_of_unit: int) -> tuple[Shape, ...]:
+def fixed_shapes(experiment: Experiment, rows_of_unit: int, shared_row: int = 0) -> tuple[Shape, ...]:
     """The shapes of microbatches, from the configuration alone: no site's text shows in them, or changes others' bits.
 
-    Row lengths are equal parts of ``data.max_length``; there is a target slot for every other token, and for all of a
-    unit.
+    Row lengths are equal parts of ``data.max_length``, or of a shared row that is longer; there is a target slot for
+    every other token, and for all of a unit.
 
     Args:
       experiment: with ``execution.tokens_per_microbatch`` and ``execution.buckets``.
       rows_of_unit: how many rows must fit together.
+      shared_row: tokens of a row that examples share.
     """
-    execution, longest = experiment.execution, experiment.data.max_length
+    execution, longest = experiment.execution, max(experiment.data.max_length, shared_row)
     parts = (longest * (k + 1) / execution.buckets for k in range(execution.buckets))
     lengths = sorted({_MULTIPLE * -(-int(part) // _MULTIPLE) for part in parts})
     lengths[-1] = _MULTIPLE * -(-longest // _MULTIPLE)
@@ -115,7 +116,7 @@ def ready(prepared: Prepared) -> Prepared:
     assert plan is not None
     check_stateless(plan, prepared.experiment)
     rows = 1 if plan.mechanism is None else plan.mechanism.examples_per_unit
-    shapes = fixed_shapes(prepared.experiment, rows)
+    shapes = fixed_shapes(prepared.experiment, rows, plan.shared_row)
     # States of the trunk depend on the shapes that they are computed in.
     trunk = None if plan.trunk is None else replace(plan.trunk, shapes=shapes)
     return replace(prepared, plan=plan._replace(shapes=shapes, trunk=trunk, measure_error=False))

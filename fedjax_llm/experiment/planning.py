@@ -18,6 +18,7 @@ from fedjax_llm.aggregation.fedavg import FedAvg
 from fedjax_llm.config import Experiment
 from fedjax_llm.data.packing import choose_shapes
 from fedjax_llm.data.records import EncodedExample
+from fedjax_llm.data.shared_rows import likely_rows
 from fedjax_llm.errors import UserError
 from fedjax_llm.experiment.protection import selected
 from fedjax_llm.federation import release
@@ -71,13 +72,7 @@ def plan_of(
         federation=experiment.federation,
         local=local,
         execution=experiment.execution,
-        shapes=choose_shapes(
-            [example for client in clients for example in here(client.examples)],
-            tokens_per_microbatch=experiment.execution.tokens_per_microbatch,
-            buckets=experiment.execution.buckets,
-            rows_of_unit=1 if mechanism is None else mechanism.examples_per_unit,
-            bins=experiment.execution.mesh.bins.count,
-        ),
+        shapes=(),
         clients=clients,
         cohort=1 if experiment.setting == "centralised" else cohort,
         key=key,
@@ -89,6 +84,14 @@ def plan_of(
         malicious=malicious_sites(experiment, len(clients)),
         corrupt=experiment.attack.make().corrupt if experiment.attack is not None and federated else None,
     )
+    shapes = choose_shapes(
+        likely_rows([here(client.examples) for client in clients], local.batch_size, plan.shared_row),
+        tokens_per_microbatch=experiment.execution.tokens_per_microbatch,
+        buckets=experiment.execution.buckets,
+        rows_of_unit=1 if mechanism is None else mechanism.examples_per_unit,
+        bins=experiment.execution.mesh.bins.count,
+    )
+    plan = plan._replace(shapes=shapes)
     if experiment.secured is None:
         return plan
     return plan._replace(secure=secure_of(experiment.secured, experiment, plan), measure_error=False)

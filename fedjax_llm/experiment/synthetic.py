@@ -10,6 +10,7 @@ from fedjax_llm import trees
 from fedjax_llm.config import Experiment, regime_of
 from fedjax_llm.data.packing import Microbatch, Shape, choose_shapes, pack
 from fedjax_llm.data.records import EncodedExample
+from fedjax_llm.data.shared_rows import likely_rows
 from fedjax_llm.errors import UserError
 from fedjax_llm.experiment.planning import trainer_of
 from fedjax_llm.federation.clients import clients_of
@@ -111,7 +112,6 @@ def plan_on(
     population = Population(names, (batch,) * len(names), (_ROUNDS,) * len(names), (1,) * len(names))
     made = guarantee.build(experiment.privacy, regime_of(experiment), population)
     adapters = low_rank.init(jax.random.key(1), lora, base.model)
-    shapes = shapes or _shapes(sites, execution)
     plan = RoundPlan(
         setting="federated",
         trainer=trainer_of(base.model, lora.scaling, experiment.training, 0.0, made),
@@ -119,14 +119,19 @@ def plan_on(
         federation=experiment.federation,
         local=experiment.training,
         execution=execution,
-        shapes=shapes,
+        shapes=(),
         clients=clients_of("federated", sites, None if made is None else made.unit),
         cohort=len(names),
         key=jax.random.key(0),
         mechanism=made,
         secret_key=None if made is None else noise.run_key("reproducible", 0),
-        trunk=_trunk(base, lowest_adapted(adapters), shapes, execution),
     )
+    shapes = shapes or choose_shapes(
+        likely_rows([examples for _, examples in sites], batch, plan.shared_row),
+        tokens_per_microbatch=execution.tokens_per_microbatch,
+        buckets=execution.buckets,
+    )
+    plan = plan._replace(shapes=shapes, trunk=_trunk(base, lowest_adapted(adapters), shapes, execution))
     return plan, initial_state(plan, adapters)
 
 
@@ -139,19 +144,13 @@ def local_training(
     work = [[list(client.examples)] * steps for client in plan.clients]
 
     def packed() -> list[Microbatch]:
-        return list(pack(work, plan.shapes, clients=clients))
+        return list(pack(work, plan.shapes, clients=clients, share=plan.shared_row))
 
     def trained(batches: Sequence[Microbatch]) -> LocalState:
         begun = client_update.start(plan.trainer, trees.repeat(state.adapters, clients))
         return client_update.run(plan.trainer, base.params, begun, batches, keys, rates)
 
     return packed, trained
-
-
-def _shapes(sites: Sequence[tuple[str, tuple[EncodedExample, ...]]], execution: Execution) -> tuple[Shape, ...]:
-    """What a run with this layout would choose."""
-    every = [example for _, examples in sites for example in examples]
-    return choose_shapes(every, tokens_per_microbatch=execution.tokens_per_microbatch, buckets=execution.buckets)
 
 
 def _trunk(base: BaseModel, layers: int, shapes: tuple[Shape, ...], execution: Execution) -> TrunkCache | None:

@@ -1,7 +1,7 @@
 """What stays the same from round to round, and what a round reports."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from jax import Array
@@ -76,6 +76,8 @@ class Execution:
       clients_per_chunk: clients whose local states are held at a time.
       tokens_per_microbatch: padded tokens of a training step; bounds its memory.
       buckets: row lengths that are compiled.
+      shared_row: tokens of a row in which several examples of a step may stand after what they begin with alike, which
+        is then computed once; 0: none do. Without effect where each example's gradient is bounded, or with dropout.
       evaluation_buckets: the same for held-out evaluation, which needs no backward pass.
       remat: what the backward pass computes again, to save memory: ``none``, all but the results of matrix products
         (``matmuls``), or whole ``blocks``.
@@ -92,9 +94,12 @@ class Execution:
     remat: Remat = "none"
     trunk_megabytes: int = 1024
     mesh: MeshShape = MeshShape()
+    shared_row: int = field(default=0, metadata={"unsaid": True})  # hashes of runs without stay
 
     def __post_init__(self) -> None:
         """Refuses impossible values."""
+        if self.shared_row < 0:
+            raise UserError(f"execution.shared_row is {self.shared_row}; it must not be negative")
         for name in ("clients_per_chunk", "tokens_per_microbatch", "buckets", "evaluation_buckets"):
             if getattr(self, name) < 1:
                 raise UserError(f"execution.{name} is {getattr(self, name)}; it must be at least 1")
@@ -173,6 +178,11 @@ class RoundPlan(NamedTuple):
     corrupt: Callable[[Stack, Array, Array], Stack] | None = None
     measure_error: bool = True
     secure: Secure | None = None
+
+    @property
+    def shared_row(self) -> int:
+        """Tokens of a row that a step's examples share; 0 where each has its own gradient or its own dropout."""
+        return 0 if self.trainer.clip is not None or self.trainer.model.dropout else self.execution.shared_row
 
 
 @dataclass(frozen=True)

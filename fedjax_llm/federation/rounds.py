@@ -274,6 +274,7 @@ def _run_chunk(plan: RoundPlan, moment: Moment, state: RoundState, members: np.n
         "per_token": plan.local.normalise == "token",
         "denominators": public_denominators(plan, members),
         "bins": plan.execution.mesh.bins,
+        "share": plan.shared_row,
     }
     batches = list(pack(work, plan.shapes, **pack_options))
     rates = learning_rates(plan.local, work, slots, number, plan.federation.rounds)

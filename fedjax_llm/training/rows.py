@@ -22,7 +22,8 @@ from fedjax_llm.types import Adapters, Params
 class Rows(NamedTuple):
     """A microbatch on the device: the arrays of ``data.packing.Microbatch`` that the gradient needs.
 
-    ``below`` [M, L, D] is what enters the lowest adapted layer, where that is known already (``training/trunk.py``).
+    ``below`` [M, L, D] is what enters the lowest adapted layer, where that is known already (``training/trunk.py``);
+    ``position`` and ``branch`` [M, L] are there where examples share rows.
     """
 
     tokens: Array
@@ -35,6 +36,8 @@ class Rows(NamedTuple):
     target_token: Array
     target_weight: Array
     below: Array | None = None
+    position: Array | None = None
+    branch: Array | None = None
 
 
 def rows_of(batch: Microbatch, trunk: TrunkCache | None = None) -> Rows:
@@ -67,10 +70,22 @@ def row_losses(
       f32 [M], nats.
     """
     whole = low_rank.scaled(low_rank.join(adapters, frozen or {}), scaling)
-    hidden = model.hidden(params, whole, rows.tokens, dropout_keys=dropout_keys, below=rows.below)
+    mask = None if rows.branch is None else seen(rows.branch)
+    hidden = model.hidden(params, whole, rows.tokens, rows.position, mask, dropout_keys, rows.below)
     picked = hidden[rows.target_row, rows.target_position]
     weighted = rows.target_weight * target_nll(model, params, picked, rows.target_token)
     return jax.ops.segment_sum(weighted, rows.target_row, rows.tokens.shape[0])
+
+
+def seen(branch: Array) -> Array:
+    """Bool [M, L, L]: whom a token sees in rows that examples share: what came before it of its own and of the shared.
+
+    Args:
+      branch: int32 [M, L], as in ``data.packing.Microbatch``.
+    """
+    every = jnp.arange(branch.shape[1])
+    own, other = branch[:, :, None], branch[:, None, :]
+    return (every[:, None] >= every[None])[None] & ((own == other) | (other == 0))
 
 
 def example_gradients(

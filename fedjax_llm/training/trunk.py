@@ -16,6 +16,7 @@ import numpy as np
 
 from fedjax_llm.data.packing import Microbatch, Shape
 from fedjax_llm.data.records import EncodedExample
+from fedjax_llm.data.shared_rows import SharedRow
 from fedjax_llm.models.causal_lm import CausalLM
 from fedjax_llm.types import Params
 
@@ -68,22 +69,24 @@ class TrunkCache:
             self._keep(states)
             advance(sum(times[key] for key in states))
 
-    def rows(self, examples: Sequence[EncodedExample], shape: tuple[int, int]) -> np.ndarray:
+    def rows(self, rows: Sequence[SharedRow], shape: tuple[int, int]) -> np.ndarray:
         """The states of a microbatch's rows, for the argument ``below`` of ``CausalLM.hidden``.
 
         Args:
-          examples: of the first rows. What is not kept is computed now.
-          shape: (M, L) of the microbatch; M is at least the number of examples, L their length.
+          rows: the first ones. What is not kept of their examples is computed now.
+          shape: (M, L) of the microbatch; M is at least the number of rows, L their length.
 
         Returns:
           [M, L, D] in the type of the model's hidden states; zeros in padding, which no real position sees.
         """
-        missing = self._missing({_key(example): example.tokens for example in examples})
+        missing = self._missing({_key(example): example.tokens for row in rows for example in row.examples})
         computed = {key: value for states in self._computed(missing) for key, value in states.items()}
         block = np.zeros((*shape, self._token.shape[-1]), self._token.dtype)
-        for row, key in enumerate(map(_key, examples)):
-            states = computed[key] if key in computed else self._kept[key]
-            block[row, : len(states)] = states
+        for place, row in zip(block, rows, strict=False):
+            for example, right in reversed(list(row.placed())):  # the first has the shared ones
+                key = _key(example)
+                states = computed[key] if key in computed else self._kept[key]
+                place[right : right + len(states)] = states
         self._keep(computed)
         return block
 
@@ -149,8 +152,8 @@ class TrunkCache:
 
 
 def below_of(trunk: TrunkCache | None, batch: Microbatch) -> jax.Array | None:
-    """What enters the lowest adapted layer in a microbatch of plain text, [M, L, D]; ``None`` without a trunk."""
-    return None if trunk is None else jnp.asarray(trunk.rows(batch.examples, batch.tokens.shape))
+    """What enters the lowest adapted layer in a packed microbatch, [M, L, D]; ``None`` without a trunk."""
+    return None if trunk is None else jnp.asarray(trunk.rows(batch.rows, batch.tokens.shape))
 
 
 def _key(example: EncodedExample) -> bytes:

@@ -177,7 +177,7 @@ def test_adapters_above_layer_0_are_out_of_reach():
     with pytest.raises(UserError, match="lowest adapted layer is 1"):
         found_in(adapters, adapters)
     mlp = {path: own for path, own in tiny_adapters(tiny_model()[0]).items() if "mlp" in path}
-    with pytest.raises(UserError, match="q_proj, k_proj or v_proj"):
+    with pytest.raises(UserError, match="q_proj, k_proj, v_proj or qkv_proj"):
         found_in(mlp, mlp)
 
 
