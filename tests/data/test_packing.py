@@ -257,7 +257,7 @@ def test_every_unit_is_in_one_bin_of_its_clients_group(work, tokens, buckets, bi
             part = slice(place * rows, (place + 1) * rows)
             own = replace(
                 batch,
-                examples=batch.examples[part],
+                rows=batch.rows[part],
                 **{name: getattr(batch, name)[part] for name in ("tokens", "client", "step", "index", "unit")},
                 **{
                     name: value[place * targets : (place + 1) * targets]

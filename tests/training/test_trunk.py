@@ -13,6 +13,7 @@ from toy_rounds import toy_example
 
 from fedjax_llm.data.packing import Shape
 from fedjax_llm.data.records import EncodedExample
+from fedjax_llm.data.shared_rows import SharedRow
 from fedjax_llm.models.causal_lm import CausalLM, lowest_adapted
 from fedjax_llm.training.trunk import TrunkCache
 
@@ -51,6 +52,11 @@ def computed(monkeypatch):
     return seen
 
 
+def rows_of(cache, examples, shape):
+    """The states of examples that have rows of their own."""
+    return cache.rows([SharedRow((example,)) for example in examples], shape)
+
+
 def fill(cache, examples):
     """Fills, and gives what progress was told."""
     told = []
@@ -59,7 +65,7 @@ def fill(cache, examples):
 
 
 def test_rows_hold_the_states_of_each_example_alone_and_zeros():
-    block = cache_of().rows(EXAMPLES, (10, 20))
+    block = rows_of(cache_of(), EXAMPLES, (10, 20))
     assert block.shape == (10, 20, 32)
     assert block.dtype == np.float32
     for row, example in zip(block, EXAMPLES, strict=False):
@@ -72,7 +78,7 @@ def test_rows_hold_the_states_of_each_example_alone_and_zeros():
 @pytest.mark.parametrize("shape", [(1, 16), (2, 4)])
 def test_a_microbatch_that_is_too_small_is_refused(shape):
     with pytest.raises((IndexError, ValueError)):
-        cache_of().rows(of(0, 1), shape)
+        rows_of(cache_of(), of(0, 1), shape)
 
 
 @settings(max_examples=25)
@@ -84,23 +90,23 @@ def test_a_microbatch_that_is_too_small_is_refused(shape):
 def test_neither_what_was_asked_before_nor_memory_changes_a_bit(capacity, history, asked):
     cache = cache_of(capacity)
     for ahead, numbers in history:
-        fill(cache, of(*numbers)) if ahead else cache.rows(of(*numbers), (6, 16))
+        fill(cache, of(*numbers)) if ahead else rows_of(cache, of(*numbers), (6, 16))
         assert cache.used <= capacity
-    block = cache.rows(of(*asked), (6, 16))
+    block = rows_of(cache, of(*asked), (6, 16))
     for row, number in zip(block, asked, strict=False):
-        assert same(row, cache_of().rows(of(number), (1, 16))[0])
+        assert same(row, rows_of(cache_of(), of(number), (1, 16))[0])
     assert cache.used <= capacity
 
 
 def test_other_shapes_change_rounding_only():
-    wide = cache_of(shapes=(Shape(8, 24, 0),)).rows(EXAMPLES, (8, 16))
-    np.testing.assert_allclose(wide, cache_of().rows(EXAMPLES, (8, 16)), rtol=0, atol=1e-5)
+    wide = rows_of(cache_of(shapes=(Shape(8, 24, 0),)), EXAMPLES, (8, 16))
+    np.testing.assert_allclose(wide, rows_of(cache_of(), EXAMPLES, (8, 16)), rtol=0, atol=1e-5)
 
 
 def test_states_are_in_the_models_type():
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
     cache = TrunkCache(MODEL, params, LAYERS, SHAPES, PLENTY)
-    block = cache.rows(EXAMPLES, (8, 16))
+    block = rows_of(cache, EXAMPLES, (8, 16))
     assert block.dtype == jnp.bfloat16
     assert cache.used == tokens_in(EXAMPLES) * 32 * 2
 
@@ -111,7 +117,7 @@ def test_what_is_filled_is_not_computed_again(computed):
     # Five short ones in threes, three long ones in twos, each in the shortest shape that holds it.
     assert Counter(computed) == {(3, 8): 2, (2, 16): 2}
     assert cache.used == tokens_in(EXAMPLES) * TOKEN
-    cache.rows(of(4, 4, 0), (4, 16))
+    rows_of(cache, of(4, 4, 0), (4, 16))
     fill(cache, EXAMPLES[::-1])
     assert len(computed) == 4
 
@@ -122,30 +128,30 @@ def test_equal_tokens_are_computed_and_kept_once(computed):
     fill(cache, [*copies, EXAMPLES[0]])
     assert computed == [(3, 8)]
     assert cache.used == 5 * TOKEN
-    block = cache.rows(copies, (7, 8))
+    block = rows_of(cache, copies, (7, 8))
     assert all(same(row, block[0]) for row in block)
 
 
 def test_what_was_not_used_longest_is_dropped_first(computed):
     cache = cache_of(capacity=tokens_in(of(0, 1, 2)) * TOKEN)
     fill(cache, of(0, 1, 2))
-    cache.rows(of(0), (1, 8))
-    cache.rows(of(3), (1, 8))  # one token: the eight of example 1 have to go
+    rows_of(cache, of(0), (1, 8))
+    rows_of(cache, of(3), (1, 8))  # one token: the eight of example 1 have to go
     computed.clear()
-    cache.rows(of(0, 2, 3), (3, 16))
+    rows_of(cache, of(0, 2, 3), (3, 16))
     assert not computed
-    cache.rows(of(1), (1, 8))
+    rows_of(cache, of(1), (1, 8))
     assert computed == [(3, 8)]
 
 
 def test_filling_beyond_the_capacity_keeps_the_first_that_fit(computed):
     cache = cache_of(capacity=tokens_in(of(0, 1, 2)) * TOKEN)
-    cache.rows(of(7), (1, 8))  # makes room
+    rows_of(cache, of(7), (1, 8))  # makes room
     told = fill(cache, EXAMPLES)
     assert sum(told) == len(EXAMPLES)
     assert cache.used == cache.capacity
     computed.clear()
-    cache.rows(of(0, 1, 2), (3, 16))
+    rows_of(cache, of(0, 1, 2), (3, 16))
     assert not computed
 
 
@@ -154,7 +160,7 @@ def test_without_memory_everything_is_computed_when_asked_for(computed):
     assert sum(fill(cache, EXAMPLES)) == len(EXAMPLES)
     assert not computed
     for _ in range(2):
-        assert cache.rows(of(0, 2), (2, 16)).any()
+        assert rows_of(cache, of(0, 2), (2, 16)).any()
     assert Counter(computed) == {(3, 8): 2, (2, 16): 2}
     assert cache.used == 0
 
@@ -180,7 +186,7 @@ def test_training_on_cached_states_has_the_gradients_of_the_whole():
     tokens, real = np.zeros((3, 16), np.int32), np.zeros((3, 16, 1), bool)
     for row, example in enumerate(examples):
         tokens[row, : len(example.tokens)], real[row, : len(example.tokens)] = example.tokens, True
-    below = cache_of().rows(examples, tokens.shape)
+    below = rows_of(cache_of(), examples, tokens.shape)
     assert lowest_adapted(adapters) == LAYERS
 
     def loss(adapters, below):
