@@ -16,16 +16,13 @@ from fedjax_llm import mesh as meshes
 from fedjax_llm import trees
 from fedjax_llm.aggregation.fedavg import FedAvg
 from fedjax_llm.config import Experiment
-from fedjax_llm.data.packing import choose_shapes
 from fedjax_llm.data.records import EncodedExample
-from fedjax_llm.data.shared_rows import likely_rows
 from fedjax_llm.errors import UserError
 from fedjax_llm.experiment.protection import selected
 from fedjax_llm.federation import release
 from fedjax_llm.federation.clients import clients_of, local_training_of
-from fedjax_llm.federation.hosts import here
 from fedjax_llm.federation.local_work import weights
-from fedjax_llm.federation.plan import RoundPlan, Secure
+from fedjax_llm.federation.plan import RoundPlan, Secure, shapes_for
 from fedjax_llm.lora import Lora
 from fedjax_llm.models.causal_lm import CausalLM
 from fedjax_llm.models.loading import BaseModel
@@ -84,14 +81,7 @@ def plan_of(
         malicious=malicious_sites(experiment, len(clients)),
         corrupt=experiment.attack.make().corrupt if experiment.attack is not None and federated else None,
     )
-    shapes = choose_shapes(
-        likely_rows([here(client.examples) for client in clients], local.batch_size, plan.shared_row),
-        tokens_per_microbatch=experiment.execution.tokens_per_microbatch,
-        buckets=experiment.execution.buckets,
-        rows_of_unit=1 if mechanism is None else mechanism.examples_per_unit,
-        bins=experiment.execution.mesh.bins.count,
-    )
-    plan = plan._replace(shapes=shapes)
+    plan = plan._replace(shapes=shapes_for(plan))
     if experiment.secured is None:
         return plan
     return plan._replace(secure=secure_of(experiment.secured, experiment, plan), measure_error=False)

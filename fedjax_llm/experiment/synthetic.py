@@ -8,13 +8,12 @@ import numpy as np
 from fedjax_llm import lora as low_rank
 from fedjax_llm import trees
 from fedjax_llm.config import Experiment, regime_of
-from fedjax_llm.data.packing import Microbatch, Shape, choose_shapes, pack
+from fedjax_llm.data.packing import Microbatch, Shape, pack
 from fedjax_llm.data.records import EncodedExample
-from fedjax_llm.data.shared_rows import likely_rows
 from fedjax_llm.errors import UserError
 from fedjax_llm.experiment.planning import trainer_of
 from fedjax_llm.federation.clients import clients_of
-from fedjax_llm.federation.plan import Execution, Federation, RoundPlan
+from fedjax_llm.federation.plan import Execution, Federation, RoundPlan, shapes_for
 from fedjax_llm.federation.rounds import initial_state
 from fedjax_llm.lora import Lora
 from fedjax_llm.models.causal_lm import CausalLM, layer_weights, lowest_adapted
@@ -126,11 +125,7 @@ def plan_on(
         mechanism=made,
         secret_key=None if made is None else noise.run_key("reproducible", 0),
     )
-    shapes = shapes or choose_shapes(
-        likely_rows([examples for _, examples in sites], batch, plan.shared_row),
-        tokens_per_microbatch=execution.tokens_per_microbatch,
-        buckets=execution.buckets,
-    )
+    shapes = shapes or shapes_for(plan)
     plan = plan._replace(shapes=shapes, trunk=_trunk(base, lowest_adapted(adapters), shapes, execution))
     return plan, initial_state(plan, adapters)
 

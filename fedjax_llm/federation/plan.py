@@ -7,10 +7,12 @@ from typing import Literal, NamedTuple
 from jax import Array
 
 from fedjax_llm.compression.codec import Codec
-from fedjax_llm.data.packing import Shape
+from fedjax_llm.data.packing import Shape, choose_shapes
+from fedjax_llm.data.shared_rows import likely_rows
 from fedjax_llm.errors import UserError
 from fedjax_llm.federation.availability import Asynchronous, Availability
 from fedjax_llm.federation.clients import Client
+from fedjax_llm.federation.hosts import here
 from fedjax_llm.mesh import MeshShape
 from fedjax_llm.models.causal_lm import Remat
 from fedjax_llm.privacy.mechanism import Mechanism
@@ -183,6 +185,18 @@ class RoundPlan(NamedTuple):
     def shared_row(self) -> int:
         """Tokens of a row that a step's examples share; 0 where each has its own gradient or its own dropout."""
         return 0 if self.trainer.clip is not None or self.trainer.model.dropout else self.execution.shared_row
+
+
+def shapes_for(plan: RoundPlan) -> tuple[Shape, ...]:
+    """Shapes of microbatches for the text of a plan's clients, as far as it is on this host."""
+    execution = plan.execution
+    return choose_shapes(
+        likely_rows([here(client.examples) for client in plan.clients], plan.local.batch_size, plan.shared_row),
+        tokens_per_microbatch=execution.tokens_per_microbatch,
+        buckets=execution.buckets,
+        rows_of_unit=1 if plan.mechanism is None else plan.mechanism.examples_per_unit,
+        bins=execution.mesh.bins.count,
+    )
 
 
 @dataclass(frozen=True)

@@ -82,11 +82,11 @@ class TrunkCache:
         missing = self._missing({_key(example): example.tokens for row in rows for example in row.examples})
         computed = {key: value for states in self._computed(missing) for key, value in states.items()}
         block = np.zeros((*shape, self._token.shape[-1]), self._token.dtype)
-        for place, row in zip(block, rows, strict=False):
+        for place, row in enumerate(rows):
             for example, right in reversed(list(row.placed())):  # the first has the shared ones
                 key = _key(example)
                 states = computed[key] if key in computed else self._kept[key]
-                place[right : right + len(states)] = states
+                block[place, right : right + len(states)] = states
         self._keep(computed)
         return block
 
