@@ -1,6 +1,5 @@
 """Processes that end with the one that started them, whatever happens to it."""
 
-import ctypes
 import os
 import signal
 import socket
@@ -15,6 +14,9 @@ from typing import Any
 from fedjax_llm.errors import UserError
 
 _GRACE = 10.0  # seconds between a request to end and the end
+# Linux then ends the process when its parent dies, even by a kill (PR_SET_PDEATHSIG, SIGTERM). It is asked for after
+# the fork, by a Python of its own: code between fork and exec may hang where the parent has threads, as JAX makes them.
+_END_WITH_PARENT = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execvp(sys.argv[1], sys.argv[1:])"
 
 
 class Processes:
@@ -32,15 +34,15 @@ class Processes:
 
     def start(self, name: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
         """Starts a command in a group of its own, so that what it starts ends with it."""
+        words = [sys.executable, "-I", "-S", "-c", _END_WITH_PARENT] if sys.platform == "linux" else []
         with open(self.log(name), "ab") as log:
             process = subprocess.Popen(
-                list(command),
+                [*words, *command],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=self.environment,
                 start_new_session=True,
-                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
             )
         self.running[name] = process
         return process
@@ -146,8 +148,3 @@ def _signal(process: subprocess.Popen[bytes], number: int) -> None:
     """Sends a signal to a process and all of its group."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, number)
-
-
-def _end_with_parent() -> None:
-    """Linux ends the process when its parent dies, even by a kill."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

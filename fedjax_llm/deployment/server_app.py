@@ -1,6 +1,9 @@
 """Flower's ServerApp of a job: the run that its settings name, over Flower's nodes."""
 
 import json
+import os
+import threading
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from fedjax_llm.deployment.serve import serve
 from fedjax_llm.errors import UserError
 
 app = ServerApp()
+_GRACE = 5.0  # seconds in which Flower may end the process itself
 
 
 @app.main()
@@ -27,6 +31,7 @@ def main(grid: Grid, context: Context) -> None:
       context: its run configuration names a JSON file with ``job``, ``out``, ``resume``, ``nodes`` (numbers by site),
         ``rules``, ``resend``, ``log``, ``outcome``, and ``directory`` where aggregation is secure.
     """
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     settings = json.loads(Path(str(context.run_config["settings"])).read_text("utf-8"))
     outcome: dict[str, Any] = {"status": 1, "message": "the run ended before it was done"}
     with open(settings["log"], "a", encoding="utf-8", buffering=1) as file:
@@ -42,6 +47,14 @@ def main(grid: Grid, context: Context) -> None:
             temporary = Path(settings["outcome"] + ".new")
             temporary.write_text(json.dumps(outcome), "utf-8")
             temporary.replace(settings["outcome"])
+
+
+def _end_with(parent: int) -> None:
+    """Ends the process when Flower's SuperExec is gone: a request that waits for the SuperLink hears no signal."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    time.sleep(_GRACE)
+    os._exit(1)
 
 
 def _serve(grid: Any, settings: dict[str, Any], console: Console) -> None:

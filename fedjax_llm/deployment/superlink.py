@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fedjax_llm.deployment.certificates import ServerFiles
 from fedjax_llm.deployment.processes import Processes, program, wait_for_port
@@ -84,7 +85,17 @@ class SuperLink:
         """Ends a run."""
         self._flwr("stop", number, _NAME, "--format", "json")
 
-    def _flwr(self, *words: str) -> Mapping[str, str]:
+    def ended(self, number: str) -> str | None:
+        """How Flower says that a run has ended; ``None``: it goes on, for a minute after its process was killed too.
+
+        Raises:
+          UserError: Flower does not say.
+        """
+        (run,) = self._flwr("list", _NAME, "--run-id", number, "--format", "json")["runs"]
+        status = str(run["status"])
+        return f"{status} {run['status-details']}".strip() if status.startswith("finished") else None
+
+    def _flwr(self, *words: str) -> Mapping[str, Any]:
         """What one of Flower's commands answers."""
         command = [program("flwr"), *words]
         done = subprocess.run(command, env=self.started.environment, capture_output=True, text=True, timeout=120)

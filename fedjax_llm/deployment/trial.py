@@ -2,11 +2,13 @@
 
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from fedjax_llm.deployment.site_process import flower_environment
 from fedjax_llm.deployment.superlink import SuperLink, start_superlink
 from fedjax_llm.errors import UserError
 
+_LOOK = 60.0  # seconds between questions whether a run that says nothing is there still
 _SITE = '''"""A site of a trial."""
 
 from dataclasses import replace
@@ -64,10 +67,15 @@ class Trial:
         self.started.start(f"site-{name}", command)
 
     def start_run(self, out: Path, rules: Rules, resume: bool = False, resend: float = 60.0) -> tuple[str, Path]:
-        """Starts the server's run; its number, and the file that will say how it ended."""
-        logs = self.started.folder
-        outcome = logs / "outcome.json"
-        outcome.unlink(missing_ok=True)
+        """Starts the server's run; its number, and the file that will say how it ended, which is its own.
+
+        One that was started before and killed is ended first: for a minute nodes would wait for what it has not sent.
+        """
+        last = self.secrets / "run-number"
+        if last.exists():
+            with suppress(UserError, subprocess.TimeoutExpired):  # as a rule it has ended
+                self.link.stop_run(last.read_text("utf-8"))
+        outcome = self.secrets / f"outcome-{uuid.uuid4().hex}.json"
         settings = {
             "job": os.path.abspath(self.config), "out": os.path.abspath(out), "resume": resume, "nodes": self.nodes,
             "rules": asdict(rules), "resend": resend, "log": str(self.started.log("run")), "outcome": str(outcome),
@@ -75,7 +83,9 @@ class Trial:
         }  # fmt: skip
         path = self.secrets / "run.json"
         path.write_text(json.dumps(settings), "utf-8")
-        return self.link.run(path), outcome
+        number = self.link.run(path)
+        last.write_text(number, "utf-8")
+        return number, outcome
 
 
 @contextmanager
@@ -154,19 +164,26 @@ def run_to_end(trial: Trial, out: Path, rules: Rules, resume: bool, console: Con
     """
     log = trial.started.log("run")
     log.write_text("", "utf-8")
-    _, outcome = trial.start_run(out, rules, resume)
-    told = followed(trial, log, outcome, console)
+    number, outcome = trial.start_run(out, rules, resume)
+    told = followed(trial, number, outcome, console)
+    outcome.unlink()
     if told["status"]:
         raise UserError(f"{told['message']} (logs: {trial.started.folder})")
 
 
-def followed(trial: Trial, log: Path, outcome: Path, console: Console | None = None) -> Mapping[str, Any]:
+def followed(trial: Trial, number: str, outcome: Path, console: Console | None = None) -> Mapping[str, Any]:
     """Shows a run's log as it grows; how the run ended.
 
+    Args:
+      trial: the federation.
+      number: of the run.
+      outcome: the file that will say how it ended.
+      console: where to show the log; ``None``: nowhere.
+
     Raises:
-      UserError: one of the processes ends before.
+      UserError: one of the processes ends before, or the run's own is killed, or never begins.
     """
-    shown = 0
+    log, shown, look = trial.started.log("run"), 0, time.monotonic() + _LOOK
     while True:
         done = outcome.exists()
         if console is not None and log.exists():
@@ -177,7 +194,27 @@ def followed(trial: Trial, log: Path, outcome: Path, console: Console | None = N
         if done:
             return json.loads(outcome.read_text("utf-8"))
         trial.started.check()
+        if time.monotonic() > look:
+            check_alive(trial, number, outcome)
+            look = time.monotonic() + _LOOK
         time.sleep(0.5)
+
+
+def check_alive(trial: Trial, number: str, outcome: Path) -> None:
+    """Refuses to wait for a run that has ended without a word.
+
+    Raises:
+      UserError: Flower says so.
+    """
+    try:
+        ended = trial.link.ended(number)
+    except (UserError, subprocess.TimeoutExpired):
+        return  # a busy machine: it is asked again
+    if ended and not outcome.exists():  # which is written before Flower hears of the end
+        raise UserError(
+            f"the process of the server's run was killed, or did not begin; Flower says: {ended}. What is done is "
+            f"kept: go on with --resume (logs: {trial.started.folder})"
+        )
 
 
 def python_path() -> str:

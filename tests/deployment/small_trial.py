@@ -1,11 +1,15 @@
 """A trial in miniature: real processes, a tiny model in a folder, three sites of invented records."""
 
+import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from small_job import private_job
 from small_run import write_sites
 from tiny import tiny_folder
 
+PATIENCE = 240.0  # seconds, of which none is needed
 SITES = """
 
 def get_sites():
@@ -26,3 +30,22 @@ def write_trial(folder: Path, **changes: object) -> Path:
     text = path.read_text().replace('name="tiny"', f"name={str(model)!r}")
     path.write_text(text + SITES.format(texts=texts, job=str(path)))
     return path
+
+
+def wait_for(path: Path, outcome: Path) -> None:
+    """Waits until a file holds something, or the run has ended."""
+    wait_until(lambda: (path.exists() and path.stat().st_size > 0) or outcome.exists())
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    """Waits for something."""
+    end = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
+def alive(process: int) -> bool:
+    """Whether a process runs, and is not only waited for."""
+    found = subprocess.run(["ps", "-o", "stat=", "-p", str(process)], capture_output=True, text=True).stdout.strip()
+    return bool(found) and not found.startswith("Z")

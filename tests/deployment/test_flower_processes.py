@@ -1,14 +1,13 @@
 """The real thing in miniature: Flower's SuperLink and SuperNodes as processes, with TLS and keys, and a site killed."""
 
 import subprocess
-import time
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from small_job import adapters, events, lines, quiet, same_bits
 from small_run import SITES
-from small_trial import write_trial
+from small_trial import PATIENCE, wait_for, write_trial
 
 from fedjax_llm.config import from_file
 from fedjax_llm.deployment.certificates import make_server_files, make_site_key
@@ -23,7 +22,6 @@ from fedjax_llm.privacy import ledger
 
 pytest.importorskip("flwr", reason="the extra [flower] is not installed")
 pytestmark = pytest.mark.flower
-PATIENCE = 240.0  # seconds, of which none is needed
 
 
 class Done(NamedTuple):
@@ -45,25 +43,17 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     with federation(config, sites, folder / "home") as trial:
         for name in SITES:
             trial.start_site(name)
-        _, outcome = trial.start_run(run, Rules(at_least=3, tries=30, pause=1.0), resend=20.0)
+        number, outcome = trial.start_run(run, Rules(at_least=3, tries=30, pause=1.0), resend=20.0)
         everyone = dict(trial.started.running)
         wait_for(run / "metrics.jsonl", outcome)
         trial.started.stop("site-hill", at_once=True)
         strangers = {kind: knock(trial, kind) for kind in ("key", "certificate")}
         trial.start_site("hill")
         everyone["site-hill again"] = trial.started.running["site-hill"]
-        told = followed(trial, trial.started.log("run"), outcome)
+        told = followed(trial, number, outcome)
         logs = {path.stem: tail(path) for path in trial.started.folder.glob("*.log")}
     assert told["status"] == 0, (told, logs)
     return Done(folder, dict(told), everyone, strangers)
-
-
-def wait_for(path: Path, outcome: Path) -> None:
-    """Waits until a file holds something, or the run has ended."""
-    end = time.monotonic() + PATIENCE
-    while not (path.exists() and path.stat().st_size) and not outcome.exists():
-        assert time.monotonic() < end
-        time.sleep(0.2)
 
 
 def knock(trial: Trial, wrong: str) -> str:

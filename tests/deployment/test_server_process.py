@@ -1,8 +1,15 @@
 """What a server says of itself: files and names are compared before anything starts, and keys are registered once."""
 
+import json
+import subprocess
+from types import SimpleNamespace
+
 import pytest
 
+from fedjax_llm.deployment import trial as trials
+from fedjax_llm.deployment.desk import Rules
 from fedjax_llm.deployment.server_process import read_server, registered
+from fedjax_llm.deployment.trial import Trial, followed
 from fedjax_llm.errors import UserError
 
 JOB = """
@@ -86,3 +93,55 @@ def test_keys_are_registered_once_and_new_ones_get_new_nodes(tmp_path):
 def test_a_missing_key_is_named(tmp_path):
     with pytest.raises(UserError, match=r"the public key of site 'north' is .*north\.pub'; there is no such file"):
         registered(Link(), {"north": str(tmp_path / "north.pub")}, tmp_path / "nodes.json")
+
+
+def waiting(folder, monkeypatch, says):
+    """Waits for a run of which Flower says something else at every look; how the run ended."""
+    monkeypatch.setattr(trials, "_LOOK", 0.0)
+    link = SimpleNamespace(ended=lambda number: next(says)(number))
+    started = SimpleNamespace(folder=folder, log=lambda name: folder / f"{name}.log", check=lambda: None)
+    return followed(SimpleNamespace(link=link, started=started), "7", folder / "outcome.json")
+
+
+def busy(number):
+    raise subprocess.TimeoutExpired("flwr", 120)
+
+
+def silent(number):
+    raise UserError("flwr list failed")
+
+
+def test_a_run_that_goes_on_is_waited_for_whatever_flower_answers(tmp_path, monkeypatch):
+    def done(number):
+        (tmp_path / "outcome.json").write_text(json.dumps({"status": 0, "message": ""}))
+        return f"finished:completed run {number}"
+
+    says = iter([busy, silent, lambda number: None, done])
+    assert waiting(tmp_path, monkeypatch, says)["status"] == 0
+    assert list(says) == []
+
+
+def test_a_run_that_ended_without_a_word_is_not_waited_for(tmp_path, monkeypatch):
+    says = iter([lambda number: None, lambda number: f"finished:failed no heartbeat of {number}"])
+    with pytest.raises(UserError, match=r"was killed, or did not begin; .*no heartbeat of 7\. .*go on with --resume"):
+        waiting(tmp_path, monkeypatch, says)
+
+
+def test_a_run_takes_the_place_of_the_one_before_whether_that_has_ended_or_not(tmp_path):
+    asked = []
+
+    def stop(number):
+        asked.append(f"stop {number}")
+        if number == "1":
+            raise UserError("flwr stop failed: it has ended")
+
+    def run(settings):
+        asked.append(f"run, resume {json.loads(settings.read_text())['resume']}")
+        return str(sum(one.startswith("run") for one in asked))
+
+    started = SimpleNamespace(folder=tmp_path, log=lambda name: tmp_path / f"{name}.log")
+    trial = Trial(tmp_path / "job.py", SimpleNamespace(stop_run=stop, run=run), started, None, tmp_path)
+    begun = [trial.start_run(tmp_path / "run", Rules(), resume) for resume in (False, True, True)]
+    assert [number for number, _ in begun] == ["1", "2", "3"]
+    assert asked == ["run, resume False", "stop 1", "run, resume True", "stop 2", "run, resume True"]
+    assert len({outcome for _, outcome in begun}) == 3
