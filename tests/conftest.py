@@ -31,7 +31,7 @@ def room_for_programs() -> Iterator[None]:
     yield
     from fedjax_llm.experiment.memory import make_room_for_programs
 
-    make_room_for_programs()
+    make_room_for_programs(0.6)
 
 
 @pytest.fixture(scope="module")

@@ -65,8 +65,6 @@ class CanaryModel:
         params: Params,
         adapters: Adapters,
         tokens: Array,
-        positions: Array | None = None,
-        mask: Array | None = None,
         dropout_keys: Array | None = None,
         below: Array | None = None,
     ) -> Array:
@@ -77,7 +75,7 @@ class CanaryModel:
         canary = tokens[:, 0] >= FIRST
 
         def states(tokens: Array, below: Array | None) -> Array:
-            return self.plain.hidden(params, adapters, tokens, positions, mask, dropout_keys, below)
+            return self.plain.hidden(params, adapters, tokens, dropout_keys=dropout_keys, below=below)
 
         inputs = (jnp.where(canary[:, None], 0, tokens), _without(canary, below))
         # Rows of canaries alone need no pass over the model.

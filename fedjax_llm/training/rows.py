@@ -70,8 +70,8 @@ def row_losses(
       f32 [M], nats.
     """
     whole = low_rank.scaled(low_rank.join(adapters, frozen or {}), scaling)
-    mask = None if rows.branch is None else seen(rows.branch)
-    hidden = model.hidden(params, whole, rows.tokens, rows.position, mask, dropout_keys, rows.below)
+    shared = {} if rows.branch is None else {"positions": rows.position, "mask": seen(rows.branch)}
+    hidden = model.hidden(params, whole, rows.tokens, dropout_keys=dropout_keys, below=rows.below, **shared)
     picked = hidden[rows.target_row, rows.target_position]
     weighted = rows.target_weight * target_nll(model, params, picked, rows.target_token)
     return jax.ops.segment_sum(weighted, rows.target_row, rows.tokens.shape[0])

@@ -33,7 +33,7 @@ from fedjax_llm.catalogue import makers
 from fedjax_llm.compression.quantise import Quantise
 from fedjax_llm.compression.rotated import Rotated
 from fedjax_llm.compression.top_k import TopK
-from fedjax_llm.data.packing import Microbatch, pack
+from fedjax_llm.data.packing import Microbatch, Shape, pack
 from fedjax_llm.federation import rounds
 from fedjax_llm.federation.availability import Asynchronous, Availability
 from fedjax_llm.federation.plan import Federation, RoundPlan
@@ -45,7 +45,7 @@ from fedjax_llm.training.rows import Rows
 from fedjax_llm.training.trunk import TrunkCache
 from fedjax_llm.types import Adapters, Aggregation, Params
 
-BINNED = tuple(name for name in Rows._fields if name != "below")
+BINNED = tuple(name for name in Rows._fields if name not in ("below", "position", "branch"))
 STEPS = LocalTraining(batch_size=3, local_steps=2)
 every = pytest.mark.parametrize("algorithm", makers(aggregation), ids=lambda algorithm: algorithm.__name__)
 
@@ -123,6 +123,13 @@ def offset_case() -> Case:
     return Case(plan._replace(offset=products), params, adapters)
 
 
+def shared_case() -> Case:
+    """Several examples in a row."""
+    case = case_of()
+    execution = replace(case.plan.execution, shared_row=32)
+    return with_(case, execution=execution, shapes=(Shape(2, 32, 48),))
+
+
 def with_(case: Case, **fields: Any) -> Case:
     """The case with fields of its plan replaced."""
     return case._replace(plan=case.plan._replace(**fields))
@@ -142,6 +149,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "one factor frozen": frozen_case,
     "kept trunk": trunk_case,
     "weights moved": offset_case,
+    "examples that share rows": shared_case,
     "silent clients": lambda: case_of(federation=Federation(availability=Availability(dropout=0.3))),
     "asynchronous": lambda: case_of(federation=SLOW, cohort=3),
     "ranks": lambda: with_(case_of(FlexLora()), ranks=(1, 3, 2, 1, 2)),
