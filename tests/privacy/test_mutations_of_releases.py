@@ -140,8 +140,8 @@ def test_examples_that_change_each_other_are_found(mutant: Callable):
         assert largest_move(BOUNDED["gradients"]()) > 1.5
 
 
-def over_the_batch_that_was_drawn(work, shapes, *, clients, per_token, denominators, bins):
-    return RIGHT["pack"](work, shapes, clients=clients, per_token=per_token, bins=bins)
+def over_the_batch_that_was_drawn(work, shapes, *, denominators, **options):
+    return RIGHT["pack"](work, shapes, **options)
 
 
 def over_the_clients_that_came(plan, view, *others):
