@@ -9,7 +9,7 @@ docs/deploy.md walks the operators of a site and of the server through it.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -48,6 +48,13 @@ class Command:
     at_least: int | None = None
 
 
+_OF = {
+    "part": ("site",), "resume": ("config", "server"), "out": ("config",), "simulate": ("config",),
+    "deadline": ("config",), "at_least": ("config",),
+}  # fmt: skip
+"""What each option goes with."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     console = Console()
@@ -58,6 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
                 "name one of --config=FILE, a job for a trial here; --site=FILE, the settings of a site; and "
                 "--server=FILE, those of the server"
             )
+        _check_options(command)
         if command.site is not None:
             from fedjax_llm.deployment.site import read_site
             from fedjax_llm.deployment.site_process import run_site
@@ -75,6 +83,23 @@ def main(arguments: list[str] | None = None) -> int:
         console.print("Stopped.")
         return 130
     return 0
+
+
+def _check_options(command: Command) -> None:
+    """Refuses options that the rest of the command line would leave without effect.
+
+    Raises:
+      UserError: with the option, and what it goes with.
+    """
+    given = {field.name for field in fields(command) if getattr(command, field.name) != field.default}
+    for name, of in _OF.items():
+        if name in given and not given & set(of):
+            option, others = name.replace("_", "-"), " or ".join(f"--{one}" for one in of)
+            raise UserError(f"--{option} goes with {others} only; leave it out")
+    if command.simulate and given & {"resume", "deadline", "at_least"}:
+        raise UserError(
+            "--simulate runs the job at once, without sites to wait for or go on with: leave the others out"
+        )
 
 
 def _trial(command: Command, console: Console) -> None:

@@ -131,3 +131,17 @@ def test_another_part_is_refused_with_those_that_there_are(capsys):
     assert ended.value.code == 2
     told = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert "invalid choice 'nodes' for argument '--part'. Expected one of ('both', 'worker', 'node')" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--config=job.py", "--part=node"], "--part goes with --site only"),
+        (["--site=site.py", "--resume"], "--resume goes with --config or --server only"),
+        (["--server=server.py", "--at-least=3"], "--at-least goes with --config only"),
+        (["--config=job.py", "--simulate", "--deadline=5"], "without sites to wait for"),
+    ],
+)
+def test_options_without_effect_are_refused(words, message, capsys):
+    assert main(words) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
