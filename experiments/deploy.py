@@ -98,7 +98,7 @@ def _check_options(command: Command) -> None:
             raise UserError(f"--{option} goes with {others} only; leave it out")
     if command.simulate and given & {"resume", "deadline", "at_least"}:
         raise UserError(
-            "--simulate runs the job at once, without sites to wait for or go on with: leave the others out"
+            "--simulate does the job at once, without sites to wait for: leave the others out"
         )
 
 
