@@ -97,9 +97,7 @@ def _check_options(command: Command) -> None:
             option, others = name.replace("_", "-"), " or ".join(f"--{one}" for one in of)
             raise UserError(f"--{option} goes with {others} only; leave it out")
     if command.simulate and given & {"resume", "deadline", "at_least"}:
-        raise UserError(
-            "--simulate does the job at once, without sites to wait for: leave the others out"
-        )
+        raise UserError("--simulate does the job at once, without sites to wait for: leave the others out")
 
 
 def _trial(command: Command, console: Console) -> None:
