@@ -7,7 +7,7 @@ first of a row, and the padding of short rows.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -62,6 +62,19 @@ class SharedRow(NamedTuple):
             most = min(most, self.shared)
         differs = np.flatnonzero(self.examples[0].tokens[:most] != example.tokens[:most])
         return SharedRow((*self.examples, example), int(differs[0]) if len(differs) else most)
+
+
+def tree_mask(branch: Any, shared: int = -1) -> Any:
+    """Who sees whom in rows of branches, whatever the window: bool [M, L, L], of NumPy or JAX as the argument is.
+
+    Args:
+      branch: int [M, L], a number for each branch. What is padded on the right may have any.
+      shared: the number of the part that all share, which stands first.
+    """
+    every = branch.__array_namespace__().arange(branch.shape[1])
+    earlier = every[None, :] <= every[:, None]
+    related = (branch[:, None, :] == shared) | (branch[:, None, :] == branch[:, :, None])
+    return earlier & related
 
 
 def shared_rows(examples: Sequence[EncodedExample], longest: int) -> list[SharedRow]:

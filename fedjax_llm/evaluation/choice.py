@@ -17,6 +17,7 @@ import numpy as np
 from fedjax_llm.data.chat import encode_example, with_system
 from fedjax_llm.data.packing import Shape, pack
 from fedjax_llm.data.records import ChoiceQuestion, EncodedExample, Example, Message
+from fedjax_llm.data.shared_rows import tree_mask
 from fedjax_llm.errors import UserError
 from fedjax_llm.evaluation.heldout import slots
 from fedjax_llm.models.causal_lm import CausalLM
@@ -120,17 +121,6 @@ def chosen(question: ChoiceQuestion, scores: np.ndarray) -> int:
     """
     best = np.flatnonzero(scores == scores.max())
     return int(min(best, key=lambda option: hashlib.sha256(question.options[option].encode()).digest()))
-
-
-def tree_mask(branch: np.ndarray) -> np.ndarray:
-    """Who sees whom in rows of branches, whatever the window: bool [M, L, L].
-
-    Args:
-      branch: [M, L], -1 in the part that all share, which stands first. What is padded on the right may have any.
-    """
-    earlier = np.tri(branch.shape[1], dtype=bool)
-    related = (branch[:, None, :] == -1) | (branch[:, None, :] == branch[:, :, None])
-    return earlier & related
 
 
 def _padded(columns: Sequence[np.ndarray], length: int) -> np.ndarray:

@@ -186,11 +186,8 @@ def _draw(plan: RoundPlan, size: Size, most: int, trunk: _Trunk) -> Iterator[Dra
 
 def _packed(plan: RoundPlan, size: Size, cohort: np.ndarray, number: int, trunk: _Trunk) -> DrawnRound:
     """A round's microbatches, chunk by chunk."""
-    slots, past, layout = (
-        slots_of(plan),
-        past_rounds(plan, number),
-        {"bins": plan.execution.mesh.bins, "share": plan.shared_row},
-    )
+    slots, past = slots_of(plan), past_rounds(plan, number)
+    layout: dict[str, Any] = {"bins": plan.execution.mesh.bins, "share": plan.shared_row}
     passes = 2 if plan.aggregation.own is not None else 1
     shapes: Counter[Shape] = Counter()
     tokens, total = 0, Work()

@@ -1,7 +1,7 @@
-"""Rows: one (client, example) pair each, all clients in one pass over the frozen base.
+"""Rows: one (client, example) pair each, or several of a client's, all clients in one pass over the frozen base.
 
 The gradient of the summed row losses with respect to the rows' own copies of the adapters is the stack of per-example
-gradients; see ``docs/design.md``, section 1.
+gradients (of per-row ones, where examples share rows); see ``docs/design.md``, section 1.
 """
 
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from jax import Array
 from fedjax_llm import lora as low_rank
 from fedjax_llm import trees
 from fedjax_llm.data.packing import Microbatch
+from fedjax_llm.data.shared_rows import tree_mask
 from fedjax_llm.models.causal_lm import CausalLM
 from fedjax_llm.training.losses import target_nll
 from fedjax_llm.training.trunk import TrunkCache, below_of
@@ -70,22 +71,11 @@ def row_losses(
       f32 [M], nats.
     """
     whole = low_rank.scaled(low_rank.join(adapters, frozen or {}), scaling)
-    shared = {} if rows.branch is None else {"positions": rows.position, "mask": seen(rows.branch)}
+    shared = {} if rows.branch is None else {"positions": rows.position, "mask": tree_mask(rows.branch, shared=0)}
     hidden = model.hidden(params, whole, rows.tokens, dropout_keys=dropout_keys, below=rows.below, **shared)
     picked = hidden[rows.target_row, rows.target_position]
     weighted = rows.target_weight * target_nll(model, params, picked, rows.target_token)
     return jax.ops.segment_sum(weighted, rows.target_row, rows.tokens.shape[0])
-
-
-def seen(branch: Array) -> Array:
-    """Bool [M, L, L]: whom a token sees in rows that examples share: what came before it of its own and of the shared.
-
-    Args:
-      branch: int32 [M, L], as in ``data.packing.Microbatch``.
-    """
-    every = jnp.arange(branch.shape[1])
-    own, other = branch[:, :, None], branch[:, None, :]
-    return (every[:, None] >= every[None])[None] & ((own == other) | (other == 0))
 
 
 def example_gradients(

@@ -5,9 +5,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from small_job import private_job
+from small_job import adapters, lines, private_job, quiet, same_bits
 from small_run import write_sites
 from tiny import tiny_folder
+
+from fedjax_llm.config import from_file
+from fedjax_llm.deployment.job import load_job
+from fedjax_llm.deployment.serve import simulate
+from fedjax_llm.privacy import ledger
 
 PATIENCE = 240.0  # seconds, of which none is needed
 SITES = """
@@ -30,6 +35,21 @@ def write_trial(folder: Path, **changes: object) -> Path:
     text = path.read_text().replace('name="tiny"', f"name={str(model)!r}")
     path.write_text(text + SITES.format(texts=texts, job=str(path)))
     return path
+
+
+def check_simulated(folder: Path) -> None:
+    """The run in a trial's folder has the adapters and the metrics of its simulation, bit for bit."""
+    config = folder / "job.py"
+    held = {site.name: site.data for site in from_file(config, "get_sites", tuple)}
+    simulate(load_job(config), folder / "simulation", held, console=quiet())
+    assert same_bits(adapters(folder / "run"), adapters(folder / "simulation"))
+    assert lines(folder / "run") == lines(folder / "simulation")
+
+
+def rounds_charged(folder: Path, name: str) -> list[int]:
+    """The rounds that a site of a trial has charged to its own budget."""
+    entries = ledger.read(folder / "home" / name / "budget.jsonl").entries
+    return [entry.round for entry in entries if entry.events]
 
 
 def wait_for(path: Path, outcome: Path) -> None:

@@ -5,20 +5,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from small_job import adapters, events, lines, quiet, same_bits
+from small_job import events, lines
 from small_run import SITES
-from small_trial import PATIENCE, wait_for, write_trial
+from small_trial import PATIENCE, check_simulated, rounds_charged, wait_for, write_trial
 
 from fedjax_llm.config import from_file
 from fedjax_llm.deployment.certificates import make_server_files, make_site_key
 from fedjax_llm.deployment.desk import Rules
-from fedjax_llm.deployment.job import load_job
 from fedjax_llm.deployment.processes import tail
-from fedjax_llm.deployment.serve import simulate
 from fedjax_llm.deployment.site import read_site
 from fedjax_llm.deployment.site_process import supernode_command
 from fedjax_llm.deployment.trial import Trial, federation, followed
-from fedjax_llm.privacy import ledger
 
 pytest.importorskip("flwr", reason="the extra [flower] is not installed")
 pytestmark = pytest.mark.flower
@@ -76,19 +73,14 @@ def knock(trial: Trial, wrong: str) -> str:
 
 
 def test_the_run_over_processes_gives_the_bits_of_the_simulation(done):
-    config = done.folder / "job.py"
-    held = {site.name: site.data for site in from_file(config, "get_sites", tuple)}
-    simulate(load_job(config), done.folder / "simulation", held, console=quiet())
-    assert same_bits(adapters(done.folder / "run"), adapters(done.folder / "simulation"))
-    assert lines(done.folder / "run") == lines(done.folder / "simulation")
+    check_simulated(done.folder)
 
 
 def test_the_site_that_was_killed_came_back_and_each_site_was_charged_once_a_round(done):
     assert {line["round"] for line in lines(done.folder / "run")} == {1, 2}
     assert all(line["cohort"] == ["coast", "hill", "town"] for line in lines(done.folder / "run"))
     for name in SITES:
-        entries = ledger.read(done.folder / "home" / name / "budget.jsonl").entries
-        assert [entry.round for entry in entries if entry.events] == [1, 2]
+        assert rounds_charged(done.folder, name) == [1, 2]
     assert {site for _, site, _, _ in events(done.folder / "run")} <= {"hill"}
 
 

@@ -8,19 +8,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from small_job import adapters, lines, quiet, same_bits
+from small_job import lines
 from small_run import SITES
-from small_trial import wait_until, write_trial
+from small_trial import check_simulated, rounds_charged, wait_until, write_trial
 
 from fedjax_llm.config import from_file
 from fedjax_llm.deployment import trial as trials
 from fedjax_llm.deployment.desk import Rules
-from fedjax_llm.deployment.job import load_job
 from fedjax_llm.deployment.processes import tail
-from fedjax_llm.deployment.serve import simulate
 from fedjax_llm.deployment.trial import Trial, federation, followed
 from fedjax_llm.errors import UserError
-from fedjax_llm.privacy import ledger
 
 pytest.importorskip("flwr", reason="the extra [flower] is not installed")
 pytestmark = pytest.mark.flower
@@ -96,11 +93,7 @@ def said_of(trial: Trial, number: str, outcome: Path) -> str:
 
 
 def test_the_resumed_run_gives_the_bits_of_the_simulation(done):
-    config = done.folder / "job.py"
-    held = {site.name: site.data for site in from_file(config, "get_sites", tuple)}
-    simulate(load_job(config), done.folder / "simulation", held, console=quiet())
-    assert same_bits(adapters(done.folder / "run"), adapters(done.folder / "simulation"))
-    assert lines(done.folder / "run") == lines(done.folder / "simulation")
+    check_simulated(done.folder)
 
 
 def test_it_was_killed_on_the_way_and_no_ledger_lost_what_it_had(done):
@@ -111,8 +104,7 @@ def test_it_was_killed_on_the_way_and_no_ledger_lost_what_it_had(done):
 
 def test_each_site_was_charged_once_a_round(done):
     for name in SITES:
-        entries = ledger.read(done.folder / "home" / name / "budget.jsonl").entries
-        assert [entry.round for entry in entries if entry.events] == list(range(1, ROUNDS + 1))
+        assert rounds_charged(done.folder, name) == list(range(1, ROUNDS + 1))
 
 
 def test_whoever_waits_for_a_run_that_was_killed_is_told(done):

@@ -14,10 +14,10 @@ from toy_rounds import LAYOUTS, SCALING, play, toy_plan, toy_trainer
 
 from fedjax_llm.data.packing import Shape, choose_shapes, pack
 from fedjax_llm.data.records import EncodedExample
-from fedjax_llm.data.shared_rows import likely_rows
+from fedjax_llm.data.shared_rows import likely_rows, tree_mask
 from fedjax_llm.privacy.clipping import Clip
 from fedjax_llm.training.client_update import LocalTraining
-from fedjax_llm.training.rows import example_gradients, rows_of, seen
+from fedjax_llm.training.rows import example_gradients, rows_of
 from fedjax_llm.training.trunk import TrunkCache
 
 SHARE = 40
@@ -38,7 +38,7 @@ CARDS = [card(number, beginning) for beginning in (0, 20) for number in range(3)
 @given(st.lists(st.integers(-1, 3), min_size=1, max_size=8))
 @settings(max_examples=30, deadline=None)
 def test_a_token_sees_what_came_before_it_of_its_own_and_of_the_shared(branch):
-    mask = np.asarray(seen(jnp.array([branch])))[0]
+    mask = np.asarray(tree_mask(jnp.array([branch]), shared=0))[0]
     for query, own in enumerate(branch):
         for key, other in enumerate(branch):
             assert mask[query, key] == (key <= query and other in (own, 0))
