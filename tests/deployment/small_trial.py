@@ -65,6 +65,13 @@ def wait_until(true: Callable[[], bool]) -> None:
         time.sleep(0.2)
 
 
+def running() -> list[list[str]]:
+    """Number, parent and whole command line of every process: without ``ww``, ps cuts lines at the terminal's width."""
+    words = ["ps", "-ww", "-eo", "pid=,ppid=,args="]
+    listed = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    return [line.split(None, 2) for line in listed.splitlines()]
+
+
 def alive(process: int) -> bool:
     """Whether a process runs, and is not only waited for."""
     found = subprocess.run(["ps", "-o", "stat=", "-p", str(process)], capture_output=True, text=True).stdout.strip()

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 from small_job import events, lines
 from small_run import SITES
-from small_trial import PATIENCE, check_simulated, rounds_charged, wait_for, write_trial
+from small_trial import PATIENCE, check_simulated, rounds_charged, running, wait_for, write_trial
 
 from fedjax_llm.config import from_file
 from fedjax_llm.deployment.certificates import make_server_files, make_site_key
@@ -91,7 +91,7 @@ def test_strangers_are_turned_away(done):
 
 def test_no_process_outlives_the_trial(done):
     assert all(process.poll() is not None for process in done.processes.values())
-    found = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    found = "\n".join(args for _, _, args in running())
     assert str(done.folder) not in found
 
 

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +9,7 @@ from typing import NamedTuple
 import pytest
 from small_job import lines
 from small_run import SITES
-from small_trial import check_simulated, rounds_charged, wait_until, write_trial
+from small_trial import check_simulated, rounds_charged, running, wait_until, write_trial
 
 from fedjax_llm.config import from_file
 from fedjax_llm.deployment import trial as trials
@@ -69,11 +68,9 @@ def start_sites(trial: Trial, apart: str) -> None:
 
 def process_of_the_run(trial: Trial) -> int:
     """What the SuperExec has started, which the SuperLink has started."""
-    listed = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
-    running = [line.split(None, 2) for line in listed.splitlines()]
     found = str(trial.started.running["superlink"].pid)
     for program in ("flower-superexec", "flwr-serverapp"):
-        (found,) = [pid for pid, parent, args in running if parent == found and program in args]
+        (found,) = [pid for pid, parent, args in running() if parent == found and program in args]
     return int(found)
 
 
