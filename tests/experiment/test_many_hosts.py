@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
+from small_private import entries
 from small_run import SITES, changed, go, outcome, write_small
 from threaded_hosts import as_threads
 
@@ -50,11 +51,24 @@ def killed(self, value):
 Hosts.from_first = killed
 get_config = runpy.run_path({config!r})["get_config"]
 """
+PRIVATE = """
+import runpy
+from small_private import private
+
+get_config = lambda: private(runpy.run_path({config!r})["get_config"](), "DpSgd", evaluation__generations=0)
+"""
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     return write_small(tmp_path_factory.mktemp("small") / "files")
+
+
+@pytest.fixture(scope="module")
+def private_files(files):
+    path = files.with_name("private.py")
+    path.write_text(PRIVATE.format(config=str(files)))
+    return path
 
 
 def quiet() -> RunProgress:
@@ -157,7 +171,7 @@ def start(configuration: Path, folder: Path, port: int, index: int, *options: st
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[1])},
     )
 
 
@@ -199,6 +213,13 @@ def unbroken(files, tmp_path_factory, short_reports):
     return outcome(folder)
 
 
+@pytest.fixture(scope="module")
+def unbroken_private(private_files, tmp_path_factory, short_reports):
+    folder = tmp_path_factory.mktemp("private") / "run"
+    assert go(config.load(private_files), folder)[0] == 0
+    return outcome(folder)
+
+
 def test_two_processes_do_what_one_does(files, unbroken, tmp_path):
     folder = tmp_path / "run"
     for status, said in run_two(files, folder):
@@ -209,10 +230,10 @@ def test_two_processes_do_what_one_does(files, unbroken, tmp_path):
     assert (folder / "report.html").exists()
 
 
-@pytest.mark.parametrize("killed", [1, 0])
-def test_a_killed_host_ends_the_other_and_the_run_goes_on(files, unbroken, tmp_path, killed, short_reports):
-    broken, folder = tmp_path / "small.py", tmp_path / "run"
-    broken.write_text(KILLED.format(index=killed, config=str(files)))
+def killed_in_the_third_round(configuration: Path, folder: Path, killed: int) -> int:
+    """A run of two processes, of which one dies; checks what the other says. Gives the last round that is kept."""
+    broken = folder.with_suffix(".py")
+    broken.write_text(KILLED.format(index=killed, config=str(configuration)))
     found = run_two(broken, folder)
     assert found[killed][0] == -signal.SIGKILL
     status, said = found[1 - killed]
@@ -225,7 +246,25 @@ def test_a_killed_host_ends_the_other_and_the_run_goes_on(files, unbroken, tmp_p
     assert done in ((2,) if killed == 1 else (1, 2))
     assert f"up to round {done} is kept in {folder}" in last or (killed == 0 and "round 2 had been done" in last)
     assert len(metrics.read(folder / "metrics.jsonl")) == 2
-    status, said = go(config.load(files), folder, resume=True)
+    return done
+
+
+def test_the_first_host_is_killed_and_one_goes_on_alone(files, unbroken, tmp_path, short_reports):
+    done = killed_in_the_third_round(files, tmp_path / "run", 0)
+    status, said = go(config.load(files), tmp_path / "run", resume=True)
     assert status == 0
     assert f"Going on after round {done}" in said
-    check_same_run(outcome(folder), unbroken)
+    check_same_run(outcome(tmp_path / "run"), unbroken)
+
+
+def test_another_is_killed_and_both_go_on_with_the_same_noise(private_files, unbroken_private, tmp_path):
+    """The third round was charged before one died; as many hosts repeat it bit for bit, so it is charged once."""
+    folder = tmp_path / "run"
+    done = killed_in_the_third_round(private_files, folder, 1)
+    first, second = run_two(private_files, folder, "--resume")
+    assert (first[0], second[0]) == (0, 0), first[1] + second[1]
+    assert f"Going on after round {done}" in first[1]
+    assert entries(folder) == [(1, 0), (2, 0), (3, 0)]
+    found = outcome(folder)
+    check_same_run(found, unbroken_private)
+    assert [line["epsilon"] for line in found["metrics"]] == [line["epsilon"] for line in unbroken_private["metrics"]]

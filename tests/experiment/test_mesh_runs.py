@@ -18,9 +18,16 @@ from fedjax_llm.aggregation.fedadam import FedAdam
 from fedjax_llm.config import Experiment
 from fedjax_llm.errors import UserError
 from fedjax_llm.mesh import MeshShape
+from fedjax_llm.privacy.ddgauss import DDGauss
+from fedjax_llm.privacy.dp_fedavg import DpFedAvg
+from fedjax_llm.privacy.dp_fedsgd import DpFedSgd
 from fedjax_llm.privacy.dp_sgd import DpSgd
 from fedjax_llm.privacy.guarantee import Privacy
+from fedjax_llm.privacy.mechanism import MechanismConfig
+from fedjax_llm.privacy.skellam import Skellam
 from fedjax_llm.runs.checkpoints import Checkpoints, finished_steps
+from fedjax_llm.secure.sec_agg import SecAgg
+from fedjax_llm.training.optimizers import Optimizer
 
 pytestmark = pytest.mark.usefixtures("short_reports")
 
@@ -108,16 +115,28 @@ def test_a_run_goes_on_where_the_devices_are_others(first, request, unbroken, tm
     assert_alike(unbroken, finished(other, tmp_path / "run", resume=True))
 
 
-def test_a_private_run_has_the_same_noise(one_device, spread, tmp_path):
-    privacy = {
-        "privacy": Privacy(DpSgd(0.5), "record", target_epsilon=8.0, delta=1e-3, randomness="reproducible"),
+SHARED = {"secure": SecAgg(), "federation__cohort": None, "federation__weighting": "uniform"}
+"""What shares of the noise need: every site's, in a secure sum."""
+ONE_STEP = {"training__optimizer": Optimizer("sgd", 1.0), "training__local_steps": 1}
+PRIVATE: dict[str, tuple[MechanismConfig, str, dict[str, Any]]] = {
+    "at the sites": (DpSgd(0.5, 1.0), "record", {}),
+    "Skellam shares": (DpFedSgd(0.5, 1.0, distributed=Skellam()), "record", SHARED | ONE_STEP),
+    "discrete Gaussian shares": (DpFedAvg(0.5, 1.0, distributed=DDGauss()), "site", SHARED),
+}
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+def test_a_private_run_has_the_same_noise(one_device, spread, tmp_path, name):
+    mechanism, unit, more = PRIVATE[name]
+    fields = more | {
+        "privacy": Privacy(mechanism, unit, delta=1e-3, randomness="reproducible", real_data=False),
         "training__keep_optimizer": "no",
         "evaluation__generations": 0,
         "federation__rounds": 2,
     }
     one, other = (
-        finished(changed(experiment, **privacy), tmp_path / name)
-        for name, experiment in (("one", one_device), ("spread", spread))
+        finished(changed(experiment, **fields), tmp_path / place)
+        for place, experiment in (("one", one_device), ("spread", spread))
     )
     assert_alike(one, other)
 
