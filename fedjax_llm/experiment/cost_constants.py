@@ -39,8 +39,8 @@ from fedjax_llm.models.truncation import truncated
 from fedjax_llm.runs import directory
 from fedjax_llm.runs.environment import usable_cores
 
-FORMAT = 1
-"""Part of every key: raise it whenever the kinds of work are counted differently."""
+FORMAT = 2
+"""Part of every key: raise it whenever the kinds of work, or memory, are counted differently."""
 Timed = tuple[Work, float]
 """Work, and the seconds that it took."""
 
