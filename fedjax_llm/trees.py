@@ -1,4 +1,9 @@
-"""Pytree arithmetic over a leading client axis, which optax and jax do not have."""
+"""Pytree arithmetic over a leading client axis, which optax and jax do not have.
+
+What rounds call outside of compiled programs is compiled here: one call for a tree, not one for each of its leaves.
+"""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +22,7 @@ def put(tree: PyTree, index: Array, part: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf, new: leaf.at[index].set(new, mode="drop"), tree, part)
 
 
+@partial(jax.jit, static_argnums=1, inline=True)
 def repeat(tree: PyTree, count: int) -> PyTree:
     """Leaves [...] -> [count, ...], all equal."""
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), tree)
@@ -27,11 +33,13 @@ def segment_sum(tree: PyTree, segment: Array, count: int) -> PyTree:
     return jax.tree.map(lambda leaf: jax.ops.segment_sum(leaf, segment, count), tree)
 
 
+@partial(jax.jit, inline=True)
 def zeros(tree: PyTree) -> PyTree:
     """Zeros with the shapes of ``tree`` in f32, the type of sums and noise."""
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), tree)
 
 
+@partial(jax.jit, inline=True)
 def select(mask: Array, yes: PyTree, no: PyTree) -> PyTree:
     """Per client (mask [C]): the leaves of ``yes`` or of ``no``, never mixed arithmetically, so NaN does not spread."""
 
@@ -41,6 +49,7 @@ def select(mask: Array, yes: PyTree, no: PyTree) -> PyTree:
     return jax.tree.map(pick, yes, no)
 
 
+@partial(jax.jit, inline=True)
 def weighted_sum(weights: Array, tree: PyTree) -> PyTree:
     """Leaves [C, ...] -> [...]: the sum of ``weights[c]`` times entry c, in f32.
 

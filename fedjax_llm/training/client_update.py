@@ -140,10 +140,16 @@ def start(trainer: Trainer, adapters: PyTree, optimizer: PyTree | None = None, n
       noise: the states of their correlated noise [C, ...], which last over the rounds.
     """
     if optimizer is None:
-        optimizer = jax.vmap(trainer.optimizer.init)(adapters)
+        optimizer = _fresh(trainer.optimizer.init, adapters)
     clients = jax.tree.leaves(adapters)[0].shape[0]
     state = LocalState(adapters, optimizer, trees.zeros(adapters), jnp.zeros(clients), noise)
     return meshes.place(trainer.mesh, state, meshes.CLIENTS)
+
+
+@partial(jax.jit, static_argnums=0)
+def _fresh(init: Callable[[PyTree], PyTree], adapters: PyTree) -> PyTree:
+    """Optimiser states [C, ...]."""
+    return jax.vmap(init)(adapters)
 
 
 def run(
