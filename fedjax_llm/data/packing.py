@@ -73,7 +73,7 @@ class Microbatch:
       finished_step: int32 [C], which step that was; 0 elsewhere.
       real_tokens: of all examples; what several begin with counts for each.
       position: int32 [M, L], the position of each token in its example; ``None``: that in the row.
-      branch: int32 [M, L], 0 for what a row's examples share, else the example's number in the row, and -1 in padding;
+      branch: int32 [M, L], the example's number in the row, and -1 for what a row's examples share and in padding;
         ``None``: every row has one example.
     """
 
@@ -355,13 +355,13 @@ def _lay_out(rows: Sequence[_Row], shape: Shape, per_token: bool) -> dict[str, n
             count, length = target_count(example), len(example.tokens)
             own = slice(right + (held.shared if branching else 0), right + length)
             tokens[m, own] = example.tokens[own.start - right :]
-            at[m, own], branch[m, own] = np.arange(own.start - right, length), branching + 1
+            at[m, own], branch[m, own] = np.arange(own.start - right, length), branching
             taken = slice(slot, slot + count)
             target_row[taken], token[taken] = m, example.tokens[length - count :]
             position[taken] = np.arange(length - count - 1, length - 1) + right
             weight[taken] = 1.0 if per_token else 1.0 / (max(count, 1) * group.unit_size)
             slot += count
-        branch[m, : held.shared] = 0
+        branch[m, : held.shared] = -1
     return {
         "tokens": tokens, "client": client, "step": step, "index": index, "unit": unit, "target_row": target_row,
         "target_position": position, "target_token": token, "target_weight": weight, "position": at, "branch": branch,

@@ -64,16 +64,16 @@ class SharedRow(NamedTuple):
         return SharedRow((*self.examples, example), int(differs[0]) if len(differs) else most)
 
 
-def tree_mask(branch: Any, shared: int = -1) -> Any:
+def tree_mask(branch: Any) -> Any:
     """Who sees whom in rows of branches, whatever the window: bool [M, L, L], of NumPy or JAX as the argument is.
 
     Args:
-      branch: int [M, L], a number for each branch. What is padded on the right may have any.
-      shared: the number of the part that all share, which stands first.
+      branch: int [M, L], a number for each branch, and -1 in the part that all share, which stands first. What is
+        padded on the right may have any.
     """
     every = branch.__array_namespace__().arange(branch.shape[1])
     earlier = every[None, :] <= every[:, None]
-    related = (branch[:, None, :] == shared) | (branch[:, None, :] == branch[:, :, None])
+    related = (branch[:, None, :] == -1) | (branch[:, None, :] == branch[:, :, None])
     return earlier & related
 
 

@@ -46,7 +46,8 @@ _PROGRAMS = 4e8
 """Bytes of compiled programs, of what compiles them, and of the report's pictures."""
 _PIECES, _PIECES_OF_STEP = 1e9, 2
 """Freed memory that is kept (``memory.keep_freed_memory``) falls into pieces that the next step cannot use: up to so
-many bytes, or so many times what a step holds. Measured: 0.8 to 2.1 times in small steps, 0.3 times in one of 1.6 GB."""
+many bytes, or so many times what a step holds. Measured: 0.8 to 2.1 times in steps of 0.2 to 0.6 GB, 0.3 times in one
+of 1.6 GB."""
 _COMPILING = 0.2
 """Seconds a layer of a program, the first time; with a backward pass three times as long (two cores, idle)."""
 

@@ -71,7 +71,7 @@ def row_losses(
       f32 [M], nats.
     """
     whole = low_rank.scaled(low_rank.join(adapters, frozen or {}), scaling)
-    shared = {} if rows.branch is None else {"positions": rows.position, "mask": tree_mask(rows.branch, shared=0)}
+    shared = {} if rows.branch is None else {"positions": rows.position, "mask": tree_mask(rows.branch)}
     hidden = model.hidden(params, whole, rows.tokens, dropout_keys=dropout_keys, below=rows.below, **shared)
     picked = hidden[rows.target_row, rows.target_position]
     weighted = rows.target_weight * target_nll(model, params, picked, rows.target_token)

@@ -79,8 +79,10 @@ def test_packed_rows_give_back_every_example_where_its_targets_are(steps, halves
 
 def check_row(batch, m, row: SharedRow, slots):
     """Branch by branch, what the row holds is the example, its positions and its targets."""
-    for number, example in enumerate(row.examples, 1):
-        held = np.flatnonzero((batch.branch[m] == 0) | (batch.branch[m] == number))
+    every = np.arange(batch.branch.shape[1])
+    assert (batch.branch[m, : row.shared] == -1).all()
+    for number, example in enumerate(row.examples):
+        held = np.flatnonzero((every < row.shared) | (batch.branch[m] == number))
         np.testing.assert_array_equal(batch.tokens[m, held], example.tokens)
         np.testing.assert_array_equal(batch.position[m, held], np.arange(len(example.tokens)))
         count = target_count(example)
@@ -90,7 +92,7 @@ def check_row(batch, m, row: SharedRow, slots):
         after = held[np.searchsorted(held, batch.target_position[mine]) + 1]
         np.testing.assert_array_equal(batch.tokens[m, after], batch.target_token[mine])
         assert (batch.target_weight[mine] == np.float32(1 / max(count, 1))).all()
-    assert (batch.branch[m] >= 0).sum() == row.length
+    assert (batch.branch[m] >= 0).sum() == row.length - row.shared
 
 
 def test_shapes_hold_whatever_rows_a_batch_makes():
