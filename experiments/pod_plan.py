@@ -1,6 +1,7 @@
 """The part of ``experiments.plan`` that compiles for TPU slices."""
 
 import json
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.table import Table
@@ -27,13 +28,16 @@ def show_topology(experiment: Experiment, topology: str, as_json: bool, console:
     if as_json:
         console = Console(stderr=True)
     if topology == "all":
-        table = _table()
+        table, told = _table(), set[str]()
         for one in everywhere(experiment, console):
             if as_json:
                 print(json.dumps(one.to_json()), flush=True)
             table.add_row(*_row(one))
+            told |= {told_to_compiler(one.options)} if one.options else set()
         if not as_json:
             console.print(table)
+            for environment in sorted(told):
+                console.print(f"*: run with {environment}", soft_wrap=True)
         return
     devices_of(topology)  # what is wrong with it is told at once
     with console.status(f"Compiling for {topology}: minutes for many layers ..."):
@@ -93,7 +97,13 @@ def _rows(one: Planned) -> list[tuple[str, str]]:
         ("a round, at least", duration(one.round)),
         ("tokens a second, at most", f"{one.tokens_per_second:,.0f}"),
         ("compiled in", duration(one.compile_seconds)),
+        *([("to be run with", told_to_compiler(one.options))] if one.options else []),
     ]
+
+
+def told_to_compiler(options: Mapping[str, str]) -> str:
+    """The environment in which a run's programs are compiled with these options."""
+    return "LIBTPU_INIT_ARGS=" + " ".join(f"--{name}={value}" for name, value in options.items())
 
 
 def _table() -> Table:
@@ -108,4 +118,5 @@ def _row(one: Planned) -> list[str]:
     """A slice in the table."""
     sizes = [byte_size(size) for size in (one.weights, one.clients, one.temporaries, one.memory)]
     mesh = f"{one.mesh[0]} x {one.mesh[1]}"
-    return [one.model, one.topology, mesh, *sizes, f"{one.step.least:.3f}", f"{one.tokens_per_second:,.0f}"]
+    slice_ = one.topology + "*" * bool(one.options)
+    return [one.model, slice_, mesh, *sizes, f"{one.step.least:.3f}", f"{one.tokens_per_second:,.0f}"]

@@ -54,5 +54,6 @@ def on_virtual_devices() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SHAPES, NAME, SHAPE)
         patch.setattr(pod_report, "devices_of", devices)
+        patch.setattr(pod_report, "SPARING", {})  # options of the TPU's compiler
         patch.setattr(pod_plan, "devices_of", devices)
         yield

@@ -9,6 +9,7 @@ import functools
 import math
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -128,9 +129,9 @@ def pod_of(experiment: Experiment, devices: Any, layers: int | None = None) -> P
     return Pod(trainer, params, adapters, _rows(mesh, rows * bins, length, rows * length // 2 * bins), slots)
 
 
-def compiled(pod: Pod) -> list[Program]:
-    """The programs of a round, compiled."""
-    return [_compiled("gradients of a microbatch", _gradients(pod), pod), *compiled_ends(pod)]
+def compiled(pod: Pod, options: Mapping[str, str] | None = None) -> list[Program]:
+    """The programs of a round, compiled; ``options`` are those of the compiler for the first, which is the large one."""
+    return [_compiled("gradients of a microbatch", _gradients(pod), pod, options), *compiled_ends(pod)]
 
 
 def compiled_ends(pod: Pod) -> list[Program]:
@@ -248,10 +249,10 @@ def _round_end(pod: Pod) -> Any:
     return jax.jit(end, out_shardings=place).lower(pod.adapters, pod.adapters, numbers, whole)
 
 
-def _compiled(name: str, lowered: Any, pod: Pod) -> Program:
+def _compiled(name: str, lowered: Any, pod: Pod, options: Mapping[str, str] | None = None) -> Program:
     """Compiles a program, and reads what there is to know of it."""
     began = time.perf_counter()
-    program = lowered.compile()
+    program = lowered.compile(compiler_options=dict(options) if options else None)
     memory, cost = program.memory_analysis(), program.cost_analysis()
     cost = cost[0] if isinstance(cost, list) else cost
     return Program(

@@ -7,6 +7,7 @@ of a chip's worked for one exchange.
 """
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -24,6 +25,9 @@ _DEPTHS = (8, 16)
 at the output layer, that of deep ones at what the backward pass keeps."""
 _MOST = 32
 """Layers that are compiled at most."""
+SPARING = {"xla_tpu_enable_async_collective_fusion_fuse_all_gather": "false"}
+"""The compiler's options where a round does not fit otherwise. For v5e it copies every part of a weight before the
+first layer, so as to gather while it multiplies, and keeps the copies until the backward pass is through."""
 
 
 class Roofline(NamedTuple):
@@ -59,6 +63,7 @@ class Planned:
       round: seconds of a round at least, with
       tokens_per_second: at most.
       compile_seconds: that compiling took.
+      options: what the compiler has to be told for it (``SPARING``); empty where nothing.
     """
 
     model: str
@@ -78,6 +83,7 @@ class Planned:
     round: float
     tokens_per_second: float
     compile_seconds: float
+    options: Mapping[str, str]
 
     def to_json(self) -> dict[str, Any]:
         """All of it."""
@@ -96,7 +102,7 @@ def planned(experiment: Experiment, topology: str) -> Planned:
     """
     sized = pod.on(experiment, chips_in(topology))
     one = pod.pod_of(sized, devices_of(topology))
-    return _summary(sized, topology, one, pod.compiled(one), (one.trainer.model.config.layers,))
+    return _whole(sized, topology, one)
 
 
 def shortened(experiment: Experiment, topology: str) -> Planned | None:
@@ -115,12 +121,28 @@ def shortened(experiment: Experiment, topology: str) -> Planned | None:
     if sum(pod.argument_bytes(full).values()) > _ARGUMENTS * chip_of(topology).memory:
         return None
     if layers <= _MOST:
-        return _summary(sized, topology, full, pod.compiled(full), (layers,))
+        return _whole(sized, topology, full)
     shallow = [pod.pod_of(sized, devices, layers) for layers in _DEPTHS]
-    first, second = (pod.compiled(one) for one in shallow)
     more = (layers - _DEPTHS[0]) / (_DEPTHS[1] - _DEPTHS[0])
-    programs = [_between(a, b, more) for a, b in zip(first, second, strict=True)]
-    return _summary(sized, topology, full, programs, _DEPTHS)
+
+    def extrapolated(options: Mapping[str, str]) -> Planned:
+        first, second = (pod.compiled(one, options) for one in shallow)
+        programs = [_between(a, b, more) for a, b in zip(first, second, strict=True)]
+        return _summary(sized, topology, full, programs, _DEPTHS, options)
+
+    return _fitting(extrapolated)
+
+
+def _whole(experiment: Experiment, topology: str, one: Pod) -> Planned:
+    """With all layers compiled."""
+    depth = (one.trainer.model.config.layers,)
+    return _fitting(lambda told: _summary(experiment, topology, one, pod.compiled(one, told), depth, told))
+
+
+def _fitting(compiled: Callable[[Mapping[str, str]], Planned]) -> Planned:
+    """As the compiler does it by itself, where that fits; else as it does when it is told to spare memory."""
+    found = compiled({})
+    return found if found.fits else compiled(SPARING)
 
 
 def elsewhere(found: Planned, topology: str) -> Planned:
@@ -168,7 +190,12 @@ def _between(one: Program, other: Program, more: float) -> Program:
 
 
 def _summary(
-    experiment: Experiment, topology: str, one: Pod, programs: list[Program], compiled: tuple[int, ...]
+    experiment: Experiment,
+    topology: str,
+    one: Pod,
+    programs: list[Program],
+    compiled: tuple[int, ...],
+    options: Mapping[str, str],
 ) -> Planned:
     """From programs to what they would take."""
     chip, mesh, held = chip_of(topology), one.trainer.mesh, pod.argument_bytes(one)
@@ -199,6 +226,7 @@ def _summary(
         round=seconds,
         tokens_per_second=microbatches * rows * length / seconds,
         compile_seconds=sum(program.seconds for program in programs),
+        options=options,
     )
 
 

@@ -104,12 +104,39 @@ def test_deep_models_are_extrapolated_and_those_that_cannot_fit_are_not_compiled
     assert found.compiled_layers == (1, 2)
     np.testing.assert_allclose(found.round, whole.round, rtol=0.1)
     held = whole.weights + whole.clients
-    monkeypatch.setattr(pod, "compiled", lambda one: pytest.fail("compiled in vain"))
+    monkeypatch.setattr(pod, "compiled", lambda *_: pytest.fail("compiled in vain"))
     monkeypatch.setitem(CHIPS, "v5e", CHIP._replace(memory=held / 0.69))
     with pytest.raises(pytest.fail.Exception, match="in vain"):
         shortened(experiment, LARGE)
     monkeypatch.setitem(CHIPS, "v5e", CHIP._replace(memory=held / 0.71))
     assert shortened(experiment, LARGE) is None
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_what_does_not_fit_is_compiled_again_to_spare_memory(monkeypatch, deep):
+    right, asked = pod.compiled, []
+    whole = planned(small_experiment(), LARGE)
+
+    def compiled(one, options):
+        asked.append(options)
+        return [replace(program, temporaries=program.temporaries + (0 if options else 10**9)) for program in right(one)]
+
+    monkeypatch.setattr(pod, "compiled", compiled)
+    monkeypatch.setattr(pod_report, "SPARING", {"fuse": "false"})
+    if deep:
+        monkeypatch.setattr(pod_report, "_MOST", LAYERS - 1)
+        monkeypatch.setattr(pod_report, "_DEPTHS", (1, 2))
+    find, each = (shortened, 1 + deep) if deep else (planned, 1)
+    assert find(small_experiment(), LARGE).options == {}
+    assert asked == [{}] * each
+    used = whole.weights + whole.clients + whole.temporaries
+    monkeypatch.setitem(CHIPS, "v5e", CHIP._replace(memory=2 * used))
+    found = find(small_experiment(), LARGE)
+    assert (found.fits, found.options) == (True, {"fuse": "false"})
+    assert asked[each:] == [{}] * each + [{"fuse": "false"}] * each
+    monkeypatch.setitem(CHIPS, "v5e", CHIP._replace(memory=used / 2))
+    found = planned(small_experiment(), LARGE)
+    assert (found.fits, found.options) == (False, {"fuse": "false"})
 
 
 # What a slice takes.

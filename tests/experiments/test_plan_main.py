@@ -127,6 +127,19 @@ def test_weights_are_spread_over_as_few_chips_as_hold_them(config, capsys, monke
     assert asked == [("v5e:2x2", 1, 4), ("v5e:2x4", 1, 8)]
 
 
+def test_what_the_compiler_has_to_be_told_is_said(config, capsys, monkeypatch):
+    found = replace(pod_report.planned(small_experiment(MeshShape(1, 4)), "v5e:2x2"), options={"fuse": "false"})
+    monkeypatch.setattr(pod_plan, "SLICES", {"v5e": ("v5e:2x2",)})
+    monkeypatch.setattr(pod_plan, "shortened", lambda *_: found)
+    assert main([config, "--topology=all"]) == 0
+    told = capsys.readouterr().out
+    assert "v5e:2x2*" in told
+    assert "*: run with LIBTPU_INIT_ARGS=--fuse=false" in told
+    monkeypatch.setattr(pod_plan, "planned", lambda *_: found)
+    assert main([config, "--topology=v5e:2x2"]) == 0
+    assert "LIBTPU_INIT_ARGS=--fuse=false" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
