@@ -130,7 +130,7 @@ def pod_of(experiment: Experiment, devices: Any, layers: int | None = None) -> P
 
 
 def compiled(pod: Pod, options: Mapping[str, str] | None = None) -> list[Program]:
-    """The programs of a round, compiled; ``options`` are those of the compiler for the first, which is the large one."""
+    """The programs of a round, compiled; ``options`` of the compiler are for the first, which is the large one."""
     return [_compiled("gradients of a microbatch", _gradients(pod), pod, options), *compiled_ends(pod)]
 
 
