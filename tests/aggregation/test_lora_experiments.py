@@ -16,6 +16,8 @@ from fedjax_llm.errors import UserError
 from fedjax_llm.experiment.prepare import prepare
 from fedjax_llm.runs.progress import RunProgress
 
+pytestmark = pytest.mark.usefixtures("short_reports")
+
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):

@@ -23,6 +23,8 @@ from fedjax_llm.privacy.guarantee import Privacy
 from fedjax_llm.runs import directory
 from fedjax_llm.training.optimizers import Optimizer
 
+pytestmark = pytest.mark.usefixtures("short_reports")
+
 CANARIES = 200
 COMMON = {"lora": Lora(rank=8, alpha=8.0), "federation__rounds": 1, "federation__cohort": None}
 

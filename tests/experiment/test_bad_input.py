@@ -21,6 +21,8 @@ from fedjax_llm.runs import metrics
 from fedjax_llm.runs.checkpoints import finished_steps
 from fedjax_llm.training.optimizers import Optimizer
 
+pytestmark = pytest.mark.usefixtures("short_reports")
+
 # Where one read or write of several fails, the others call a loop that is closed already; nobody waits for them.
 NOISE = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 

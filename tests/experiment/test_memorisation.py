@@ -20,6 +20,8 @@ from fedjax_llm.experiment.memorisation_report import OFTEN, equal_loss, memoris
 from fedjax_llm.lora import Lora
 from fedjax_llm.training import whole
 
+pytestmark = pytest.mark.usefixtures("short_reports")
+
 KINDS = ("full fine-tuning", "LoRA")
 
 

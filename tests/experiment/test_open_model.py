@@ -18,6 +18,8 @@ from fedjax_llm.experiment import open_model
 from fedjax_llm.experiment.open_model import COLUMNS, OpenModel, passages, rows, run_open_model
 from fedjax_llm.training import whole
 
+pytestmark = pytest.mark.usefixtures("short_reports")
+
 SEED = 1  # a word of the first text that is to be continued is replaced
 ATTACK = OpenModel("tiny", prefix=12, continuation=20, samples=2, temperature=0.3, letters=3, seed=SEED)
 TEXTS = (

@@ -19,6 +19,8 @@ from fedjax_llm.experiment.prepare import prepare
 from fedjax_llm.federation.rounds import initial_state, run_round
 from fedjax_llm.runs.progress import RunProgress
 
+pytestmark = pytest.mark.usefixtures("short_reports")
+
 ROUGH = cost_model.rough_constants(1e11)
 UPPER = {"lora__layers": (-1,)}
 

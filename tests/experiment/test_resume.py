@@ -18,6 +18,8 @@ from fedjax_llm.runs import metrics
 from fedjax_llm.runs.checkpoints import Checkpoints, finished_steps
 from fedjax_llm.runs.metrics import MetricsLog
 
+pytestmark = pytest.mark.usefixtures("short_reports")
+
 # A server's and clients' memory, and validation: all that a checkpoint can hold is there.
 FIELDS = {
     "aggregation": FedAdam(1e-2),

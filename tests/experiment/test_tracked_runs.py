@@ -13,6 +13,8 @@ from fedjax_llm.runs import metrics
 from fedjax_llm.runs.tensorboard import scalars
 from fedjax_llm.runs.tracking import Tracked, aggregate, table
 
+pytestmark = pytest.mark.usefixtures("short_reports")
+
 
 @dataclass(frozen=True)
 class Notebook:

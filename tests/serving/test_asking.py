@@ -14,6 +14,8 @@ from fedjax_llm.serving.pages import RunPage
 from fedjax_llm.serving.turns import Turns
 from fedjax_llm.serving.voices import Limits, Voices
 
+pytestmark = pytest.mark.usefixtures("short_reports")
+
 
 def voices():
     base = tiny_base()
