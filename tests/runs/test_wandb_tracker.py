@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import socket
+import time
 
 import pytest
 from wandb_file import records
@@ -29,7 +30,12 @@ def track(folder, rounds, summary, **options):
         if summary:
             trackers.finish(summary)
     assert said == []
-    return sorted(folder.glob("wandb/offline-run-*/*.wandb"))
+    files = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
+    until = time.monotonic() + 60
+    while not all(any(record.HasField("exit") for record in records(path)) for path in files):
+        assert time.monotonic() < until, "the file of a run that has ended is never written to its end"
+        time.sleep(0.05)  # its process may write on for a moment
+    return files
 
 
 def history(path):
