@@ -16,6 +16,8 @@ def records(path: Path) -> Iterator[Any]:
         if BLOCK - at % BLOCK < HEADER:
             at += BLOCK - at % BLOCK
         size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        if at + HEADER + size > len(data):
+            return  # it is still being written
         whole += data[at + HEADER : at + HEADER + size]
         at += HEADER + size
         if kind in (1, 4):  # a whole record, or the last part of one
