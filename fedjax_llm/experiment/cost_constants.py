@@ -96,8 +96,11 @@ def refined(constants: Constants, timed: Sequence[Timed], grown: float, expected
 
 
 def _rough() -> Constants:
-    """A guess from the speed of one matrix product of a layer's shape, which takes a third of a second."""
-    return rough_constants(matmul_peak([(512, 1024, 1024)], repeats=3))
+    """A guess from the speed of one matrix product of a layer's shape, which takes a third of a second.
+
+    The best of many: a process's first products take up to half as long again as later ones.
+    """
+    return rough_constants(matmul_peak([(512, 1024, 1024)], repeats=40))
 
 
 def calibrated(base: BaseModel, lora: Lora) -> Constants:

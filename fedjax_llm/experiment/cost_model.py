@@ -85,11 +85,11 @@ class Constants(NamedTuple):
 
 _SHARE_OF_PEAK = {"forward": 0.75, "training": 0.7, "logits": 0.5, "training_logits": 0.7, "adapters": 0.15}
 _ROUGH = {
-    "scores": 4e-9,
+    "scores": 2e-9,
     "states": 4e-9,
-    "microbatches": 5e-3,
+    "microbatches": 1e-3,
     "chunks": 5e-2,
-    "decoding": 1.2e-10,
+    "decoding": 9e-11,
     "reports": 4.0,
 }
 
