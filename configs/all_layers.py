@@ -19,6 +19,7 @@ CLINICS = ("blood", "cardiovascular", "digestive", "ear", "endocrine", "eye", "i
 
 
 def get_config() -> Experiment:
+    """The experiment described above."""
     return Experiment(
         lora=Lora(rank=8, alpha=16, targets=("q_proj", "v_proj")),
         data=Data(source=HpoFlashcards(sites=CLINICS), max_length=112, system="You are a medical dictionary."),

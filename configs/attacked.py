@@ -21,6 +21,7 @@ from fedjax_llm.config import Experiment
 
 
 def get_config() -> Experiment:
+    """The experiment described above."""
     plain = all_layers()
     return replace(
         plain,

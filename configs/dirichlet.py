@@ -16,6 +16,7 @@ from fedjax_llm.training.optimizers import Optimizer
 
 
 def get_config() -> Experiment:
+    """The experiment described above."""
     return Experiment(
         data=Data(source=HpoFlashcards(), partition=DirichletByLabel(sites=16, alpha=0.3, min_records=40)),
         training=LocalTraining(batch_size=4, local_steps=4, optimizer=Optimizer("sgd", learning_rate=0.1)),

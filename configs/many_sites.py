@@ -24,6 +24,7 @@ from fedjax_llm.training.optimizers import Optimizer
 
 
 def get_config() -> Experiment:
+    """The experiment described above."""
     return Experiment(
         lora=Lora(rank=4, alpha=8, targets=("v_proj",), layers=tuple(range(-8, 0)), train="b"),
         data=Data(

@@ -11,4 +11,5 @@ from fedjax_llm.privacy.guarantee import Privacy
 
 
 def get_config() -> Experiment:
+    """The experiment described above."""
     return dataclasses.replace(many_sites.get_config(), privacy=Privacy())

@@ -21,6 +21,7 @@ from fedjax_llm.training.optimizers import Optimizer
 
 
 def get_config() -> Experiment:
+    """The experiment described above."""
     return Experiment(
         # Few private numbers: one factor of one module in the upper layers. What lies below is computed once a record.
         lora=Lora(rank=4, alpha=8, targets=("v_proj",), layers=tuple(range(-8, 0)), train="b"),

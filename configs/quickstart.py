@@ -41,6 +41,7 @@ CLINICS = ("blood", "cardiovascular", "digestive", "ear", "endocrine", "eye", "i
 
 
 def get_config() -> Experiment:
+    """The experiment described above."""
     return Experiment(
         lora=Lora(rank=4, alpha=8, targets=("v_proj",), layers=tuple(range(-8, 0)), train="b"),
         data=Data(source=HpoFlashcards(sites=CLINICS), max_length=112, system="You are a medical dictionary."),

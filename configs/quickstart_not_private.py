@@ -13,4 +13,5 @@ from fedjax_llm.privacy.guarantee import Privacy
 
 
 def get_config() -> Experiment:
+    """The experiment described above."""
     return dataclasses.replace(quickstart.get_config(), privacy=Privacy())

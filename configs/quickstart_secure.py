@@ -20,6 +20,7 @@ from fedjax_llm.secure.sec_agg import SecAgg
 
 
 def get_config() -> Experiment:
+    """The experiment described above."""
     experiment = quickstart.get_config()
     mechanism = DpFedSgd(clip_norm=0.15, sampling_probability=0.014, distributed=Skellam())
     return replace(

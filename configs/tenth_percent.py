@@ -13,4 +13,5 @@ from fedjax_llm.lora import Lora
 
 
 def get_config() -> Experiment:
+    """The experiment described above."""
     return dataclasses.replace(all_layers.get_config(), lora=Lora(rank=2, alpha=4, targets=("q_proj", "v_proj")))

@@ -14,5 +14,6 @@ from fedjax_llm.config import Experiment
 
 
 def get_config() -> Experiment:
+    """The experiment described above."""
     plain = all_layers()
     return replace(plain, lora=replace(plain.lora, ranks=(8, 4, 2)), aggregation=FlexLora())

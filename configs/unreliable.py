@@ -17,6 +17,7 @@ from fedjax_llm.federation.availability import Availability
 
 
 def get_config() -> Experiment:
+    """The experiment described above."""
     plain = all_layers()
     availability = Availability(dropout=0.1, spread=0.5, jitter=0.3, over_selection=1.5)
     federation = replace(plain.federation, availability=availability)

@@ -26,6 +26,7 @@ CLINICS = ("blood", "cardiovascular", "digestive", "ear", "endocrine", "eye", "i
 
 
 def get_attack() -> Audit:
+    """The attack described above."""
     experiment = Experiment(
         lora=Lora(rank=4, alpha=8, targets=("v_proj",), layers=tuple(range(-8, 0)), train="b"),
         data=Data(

@@ -10,4 +10,5 @@ from fedjax_llm.experiment.audit_run import Audit
 
 
 def get_attack() -> Audit:
+    """The attack described above."""
     return replace(audit.get_attack(), noise_factor=0.1)

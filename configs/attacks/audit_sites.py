@@ -22,6 +22,7 @@ from fedjax_llm.training.optimizers import Optimizer
 
 
 def get_attack() -> Audit:
+    """The attack described above."""
     experiment = Experiment(
         lora=Lora(rank=4, alpha=8, targets=("v_proj",), layers=tuple(range(-8, 0)), train="b"),
         data=Data(

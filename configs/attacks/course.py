@@ -61,6 +61,7 @@ def experiment() -> Experiment:
 
 
 def get_attack() -> Course:
+    """The attack described above."""
     return Course(
         experiment=experiment(),
         ways={

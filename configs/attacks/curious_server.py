@@ -12,6 +12,7 @@ from fedjax_llm.leakage.inversion import Inversion
 
 
 def get_attack() -> CuriousServer:
+    """The attack described above."""
     return CuriousServer(
         depth=8,
         inversion=Inversion(steps=60, restarts=1, sweeps=2, candidates=16),

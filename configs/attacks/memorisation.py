@@ -19,6 +19,7 @@ CLINICS = ("blood", "cardiovascular", "digestive", "ear", "endocrine", "eye", "i
 
 
 def get_attack() -> Memorisation:
+    """The attack described above."""
     cards = HpoFlashcards(questions=("definition",), sites=CLINICS, max_records_per_site=150)
     return Memorisation(
         experiment=Experiment(

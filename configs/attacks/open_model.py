@@ -10,4 +10,5 @@ from fedjax_llm.experiment.open_model import OpenModel
 
 
 def get_attack() -> OpenModel:
+    """The attack described above."""
     return OpenModel()

@@ -24,6 +24,7 @@ from fedjax_llm.training.optimizers import Optimizer, Schedule
 
 
 def get_config() -> Experiment:
+    """The experiment described above."""
     return Experiment(
         lora=Lora(rank=16, alpha=64, targets=("q_proj", "v_proj"), dropout=0.075),
         data=Data(source=HpoFlashcards(), partition=Iid(sites=20)),

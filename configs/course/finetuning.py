@@ -16,6 +16,7 @@ from fedjax_llm.training.optimizers import Optimizer, Schedule
 
 
 def get_config() -> Experiment:
+    """The experiment described above."""
     return Experiment(
         model=Model("mistralai/Mistral-7B-v0.1", dtype="bfloat16"),
         lora=Lora(rank=16, alpha=64, targets=("q_proj", "v_proj"), dropout=0.075),

@@ -19,6 +19,7 @@ CLINICS = ("blood", "cardiovascular", "digestive", "ear", "endocrine", "eye", "i
 
 
 def get_config() -> Experiment:
+    """The experiment described above."""
     experiment = quickstart.get_config()
     return replace(
         experiment,

@@ -5,6 +5,7 @@ from fedjax_llm.deployment.site import Budget, Site
 
 
 def get_site() -> Site:
+    """The site described above."""
     return Site(
         name="blood",
         data=SiteFiles(("records.jsonl",), id_column="id"),

@@ -17,6 +17,7 @@ from fedjax_llm.training.optimizers import Optimizer
 
 
 def get_config() -> Experiment:
+    """The experiment described above."""
     return Experiment(
         model=Model(name="meta-llama/Llama-3.1-8B", dtype="bfloat16"),
         lora=Lora(rank=16, alpha=32, targets=("q_proj", "v_proj")),

@@ -33,6 +33,7 @@ CLINICS = ("blood", "cardiovascular", "digestive", "ear", "endocrine", "eye", "i
 
 
 def get_base() -> Experiment:
+    """The experiment that every cell of the grid changes."""
     return Experiment(
         lora=Lora(rank=4, alpha=8, targets=("q_proj", "v_proj"), layers=tuple(range(-10, 0))),
         data=Data(
@@ -53,6 +54,7 @@ def get_base() -> Experiment:
 
 
 def get_sweep() -> Sweep:
+    """The grid described above."""
     return Sweep(
         name="aggregation-small",
         base=get_base(),

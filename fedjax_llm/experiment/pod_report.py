@@ -26,7 +26,7 @@ at the output layer, that of deep ones at what the backward pass keeps."""
 _MOST = 32
 """Layers that are compiled at most."""
 SPARING = {"xla_tpu_enable_async_collective_fusion_fuse_all_gather": "false"}
-"""The compiler's options where a round does not fit otherwise. For v5e it copies every part of a weight before the
+"""The compiler's options where a round does not fit otherwise. For v5e it copies parts of the large matrices before the
 first layer, so as to gather while it multiplies, and keeps the copies until the backward pass is through."""
 
 
