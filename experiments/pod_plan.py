@@ -1,7 +1,7 @@
 """The part of ``experiments.plan`` that compiles for TPU slices."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -28,16 +28,13 @@ def show_topology(experiment: Experiment, topology: str, as_json: bool, console:
     if as_json:
         console = Console(stderr=True)
     if topology == "all":
-        table, told = _table(), set[str]()
-        for one in everywhere(experiment, console):
-            if as_json:
-                print(json.dumps(one.to_json()), flush=True)
-            table.add_row(*_row(one))
-            told |= {told_to_compiler(one.options)} if one.options else set()
-        if not as_json:
-            console.print(table)
-            for environment in sorted(told):
-                console.print(f"*: run with {environment}", soft_wrap=True)
+        every = everywhere(experiment, console)
+        if as_json:
+            print("".join(json.dumps(one.to_json()) + "\n" for one in every), end="")
+            return
+        console.print(_table(every))
+        for environment in sorted({told_to_compiler(one.options) for one in every if one.options}):
+            console.print(f"*: run with {environment}", soft_wrap=True)
         return
     devices_of(topology)  # what is wrong with it is told at once
     with console.status(f"Compiling for {topology}: minutes for many layers ..."):
@@ -106,11 +103,13 @@ def told_to_compiler(options: Mapping[str, str]) -> str:
     return "LIBTPU_INIT_ARGS=" + " ".join(f"--{name}={value}" for name, value in options.items())
 
 
-def _table() -> Table:
-    """The head of the table of slices."""
+def _table(every: Sequence[Planned]) -> Table:
+    """A row for each slice."""
     table = Table(title="Compiled, not run; what it takes and does at most")
     for name in ("model", "slice", "clients x fsdp", "weights", "clients", "temporaries", "of", "step, s", "tokens/s"):
         table.add_column(name, justify="left" if name in ("model", "slice") else "right")
+    for one in every:
+        table.add_row(*_row(one))
     return table
 
 
